@@ -1,0 +1,35 @@
+"""Plain likelihood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from upo.losses.base import Loss, Scores, Unit
+from upo.ops import Array, Ops
+
+
+@dataclass(frozen=True)
+class SFT(Loss):
+    """Supervised fine-tuning on the chosen (or desirable) completions.
+
+        L(y) = -(1 / |y|) log pi(y|x)
+
+    The mean over a completion's tokens, then over chosen completions: a long answer weighs as much as a short one. One value per
+    completion, [N], 0 for those not chosen; divided by the number of chosen completions.
+
+    Elsewhere: TRL's "sft" term is the mean over all tokens of the micro-batch, so long answers weigh more and the value depends on
+    accumulation; LLaMA-Factory has this form.
+    """
+
+    name: ClassVar[str] = "sft"
+    unit: ClassVar[Unit] = "chosen"
+    data = "chosen"
+    source: ClassVar[str] = "maximum likelihood; as a regulariser: Pang et al. 2024, arXiv 2404.19733, eq. 1"
+
+    def __call__(self, ops: Ops, scores: Scores) -> Array:
+        mean_logp = scores.logp / scores.length
+        return -ops.where(scores.label > 0, mean_logp, 0 * mean_logp)
+
+    def implicit_reward(self, scores: Scores) -> Array:
+        return scores.logp / scores.length

@@ -1,0 +1,51 @@
+"""Losses on single completions that carry a label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from upo.losses.base import Loss, Scores, Unit
+from upo.ops import Array, Ops
+
+
+@dataclass(frozen=True)
+class KTO(Loss):
+    """Kahneman-Tversky optimisation: desirable completions should rise above, undesirable ones fall below, a reference point z0.
+
+        L(y) = lambda_D * (1 - s(beta * (g(y) - z0)))   if y is desirable
+               lambda_U * (1 - s(beta * (z0 - g(y))))   if it is not
+        z0   = max(0, mean of g(y'|x) over mismatched prompts and completions)
+
+    g is the log-ratio to the reference, summed over tokens. z0 is a constant for the gradient; it is the mean over the partners of the
+    whole optimizer step, whatever the micro-batches and ranks (one partner per completion, a completion of another prompt). One value
+    per completion, [N]; a completion without a label is not accepted.
+
+    Elsewhere: TRL rotates completions inside fixed chunks of the device batch; HALOs takes the next example of the batch.
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    name: ClassVar[str] = "kto"
+    unit: ClassVar[Unit] = "completion"
+    data = "labels"
+    needs = frozenset({"reference", "partners"})
+    source: ClassVar[str] = "Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7"
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"kto: beta must be above 0 (got {self.beta})")
+        if not (self.desirable_weight >= 0 and self.undesirable_weight >= 0 and self.desirable_weight + self.undesirable_weight > 0):
+            raise ValueError("kto: desirable_weight and undesirable_weight must not be negative, nor both 0")
+
+    def __call__(self, ops: Ops, scores: Scores) -> Array:
+        partners = scores.partner_logratio
+        z0 = ops.relu(ops.stop_gradient(ops.sum(partners) / partners.shape[0]))
+        distance = self.beta * (scores.logratio() - z0)
+        weight = ops.where(scores.label > 0, self.desirable_weight, self.undesirable_weight)
+        return weight * ops.sigmoid(-scores.label * distance)  # 1 - s(z) = s(-z)
+
+    def implicit_reward(self, scores: Scores) -> Array:
+        return self.beta * scores.logratio()
