@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 
-def cache_dir(*parts: str) -> Path:
-    """A folder under `UPO_CACHE`, else `$XDG_CACHE_HOME/upo`, else `~/.cache/upo`; made if missing."""
+def cache_root() -> Path:
+    """`UPO_CACHE`, else `$XDG_CACHE_HOME/upo`, else `~/.cache/upo`; not made."""
     root = os.environ.get("UPO_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "upo")
-    folder = Path(root).joinpath(*parts)
+    return Path(root)
+
+
+def cache_dir(*parts: str) -> Path:
+    """A folder under `cache_root()`, made if missing."""
+    folder = cache_root().joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -2,53 +2,100 @@
 
 from __future__ import annotations
 
-import types
-import typing
+import copy
+import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from upo.errors import ConfigError, did_you_mean
-from upo.losses import Auxiliary, Objective, build_loss
+from upo.config_file import Source, apply_override, explain, leaves, read_yaml
+from upo.errors import ConfigError
+from upo.losses import LOSSES, Auxiliary, Objective, build_loss
 
-Positive = Field(gt=0)
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 reads 1e-5 as text: it wants 1.0e-5
 
 
 class Section(BaseModel):
     """A part of the configuration: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = leaves(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and bool not in kinds:
+            raise ValueError("true and false (yes, no, on, off) mean nothing here; text needs quotes")
+        return _as_number(value) if float in kinds or int in kinds else value
 
 
 class DataConfig(Section):
     """Where the rows come from."""
 
-    train: str = Field(description="JSON lines, Parquet or CSV file, or a hub dataset id (owner/name, owner/name:split)")
+    train: str = Field(description="JSON lines, Parquet or CSV file, or a hub dataset id (`owner/name`, `owner/name:split`)")
     eval: float | str = Field(0.0, description="held-out share of the training rows (split by prompt), or a file or dataset of its own; 0: none")
-    layout: Literal["auto", "preference", "unpaired", "transcript", "group"] = Field("auto", description="how rows are read; auto detects it and says so")
+    layout: Literal["auto", "preference", "unpaired", "transcript", "group"] = Field("auto", description="how rows are read; `auto` detects it and says so")
     revision: str | None = Field(None, description="revision of a hub dataset")
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _share_or_file(cls, value: Any) -> Any:
+        if not isinstance(value, (int, float, str)):
+            raise ValueError("must be a share below 1, or the name of a file or dataset")
+        if isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise ValueError("as a number it is the held-out share of the rows, from 0 (none) to below 1")
+        return value
 
 
 class AdapterConfig(Section):
     """What is trained."""
 
-    type: Literal["lora", "full"] = Field("lora", description="lora; full fine-tuning is refused for now")
-    rank: int = Field(16, gt=0)
+    type: Literal["lora", "full"] = Field("lora", description="`lora`; full fine-tuning is refused for now")
+    rank: int = Field(16, gt=0, description="inner size of the low-rank update")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    targets: str | tuple[str, ...] = Field("all-linear", description="all-linear: every decoder linear but head and embeddings; or module names")
+    targets: str | tuple[str, ...] = Field("all-linear", description="`all-linear`: every decoder linear but head and embeddings; or a list of module names")
     dropout: float = Field(0.0, description="must be 0: dropout under gradient checkpointing is wrong on MLX")
     start: str | None = Field(None, description="folder of an adapter (PEFT layout) to start from")
 
+    @field_validator("type")
+    @classmethod
+    def _lora(cls, value: str) -> str:
+        if value == "full":
+            raise ValueError("full fine-tuning is not supported yet; use lora (a high rank on all-linear comes close)")
+        return value
 
-class PreferenceConfig(BaseModel):
-    """One preference loss: `{loss: kto, beta: 0.1}`. Options are those of the loss (`upo losses NAME`)."""
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if isinstance(value, str) and value:
+            return value
+        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, str) and v for v in value):
+            raise ValueError("must be all-linear or a list of module names, e.g. [q_proj, v_proj]")
+        return tuple(value)
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-    loss: str
-    weight: float = Field(1.0, gt=0)
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, value: float) -> float:
+        if value != 0:
+            raise ValueError("must be 0 for now; dropout is wrong under gradient checkpointing on MLX, and both backends must agree")
+        return value
+
+
+class PreferenceConfig(Section):
+    """One preference loss: `{loss: kto, beta: 0.1}`. Other keys are options of the loss (`upo losses NAME`)."""
+
+    model_config = ConfigDict(extra="allow")
+    loss: str = Field(description="name of the loss (`upo losses`)")
+    weight: float = Field(1.0, gt=0, description="factor of this term")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, data: Any) -> Any:
+        return {"loss": data} if isinstance(data, str) else data
 
     @model_validator(mode="after")
     def _known(self) -> PreferenceConfig:
@@ -56,33 +103,46 @@ class PreferenceConfig(BaseModel):
         return self
 
 
-class RewardConfig(BaseModel):
+class RewardConfig(Section):
     """One goal: `{scorer: readability, weight: 0.3}`. Other keys are options of the scorer."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-    scorer: str
-    weight: float = 1.0
+    model_config = ConfigDict(extra="allow")
+    scorer: str = Field(description="name of the scorer")
+    weight: float = Field(1.0, description="factor of this goal in the total reward; negative for something to avoid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, data: Any) -> Any:
+        return {"scorer": data} if isinstance(data, str) else data
 
 
 class ValueConfig(Section):
     """The value head V(x)."""
 
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, description="learning rate of the head")
     clip: float = Field(0.1, gt=0, description="largest gradient norm of the head")
     fit_steps: int = Field(60, ge=0, description="full-batch steps before step 0; 0 keeps the mean reward as the start")
-    fit_lr: float = Field(1e-3, gt=0)
+    fit_lr: float = Field(1e-3, gt=0, description="learning rate of that fit")
 
 
 class AuxiliaryConfig(Section):
     """Advantage-weighted likelihood on scored completions (UPO)."""
 
-    rewards: tuple[RewardConfig, ...] = ()
+    rewards: tuple[RewardConfig, ...] = Field((), validate_default=True, description="the goals; their weighted sum is the reward R")
     gamma: float = Field(3.0, ge=0, description="weight of the actor term")
     temperature: float = Field(5.0, ge=0, description="lambda: how sharply the weights follow the advantage; 0 is plain likelihood")
-    value_coef: float = Field(0.1, ge=0)
-    expectile: float = Field(0.7, gt=0, lt=1)
+    value_coef: float = Field(0.1, ge=0, description="weight of the value term")
+    expectile: float = Field(0.7, gt=0, lt=1, description="tau: 0.5 makes V the mean reward of a prompt, above it an optimistic one")
     actor_warmup_steps: int = Field(0, ge=0, description="optimizer steps without the actor term")
-    value: ValueConfig = ValueConfig()
+    value: ValueConfig = Field(ValueConfig(), description="the value head")
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        value = [value] if isinstance(value, (str, Mapping)) else value
+        if value is None or (isinstance(value, (list, tuple)) and not value):
+            raise ValueError("name at least one goal, e.g. [{scorer: readability, weight: 1.0}]")
+        return value
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -94,9 +154,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ObjectiveConfig(Section):
     """What is optimised: a preference loss (or a weighted list of them) and, optionally, auxiliary rewards."""
 
-    preset: Literal["upo", "paper"] | None = Field(None, description="fills in what is not given: upo for laptop-sized runs, paper for the paper's numbers")
-    preference: tuple[PreferenceConfig, ...] = ()
-    auxiliary: AuxiliaryConfig | None = None
+    preset: Literal["upo", "paper"] | None = Field(None, description="fills in what is not given: `upo` for laptop-sized runs, `paper` for the paper's numbers")
+    preference: tuple[PreferenceConfig, ...] = Field((), description="one loss or a list of them")
+    auxiliary: AuxiliaryConfig | None = Field(None, description="goals of your own")
 
     @model_validator(mode="before")
     @classmethod
@@ -104,25 +164,22 @@ class ObjectiveConfig(Section):
         if not isinstance(data, Mapping):
             return data
         data = dict(data)
-        preset = PRESETS.get(data.get("preset") or "", {})
-        if isinstance(data.get("preference"), str):
-            data["preference"] = {"loss": data["preference"]}
-        if "preference" in preset and data.get("preference") is None:
-            data["preference"] = preset["preference"]
-        if isinstance(data.get("preference"), Mapping):
-            data["preference"] = [data["preference"]]
-        if data.get("preference") is None:
-            data.pop("preference", None)
-        if "auxiliary" in preset and isinstance(data.get("auxiliary") or {}, Mapping):
-            data["auxiliary"] = {**preset["auxiliary"], **(data.get("auxiliary") or {})}
+        preset = PRESETS.get(str(data.get("preset")), {})
+        preference, auxiliary = data.pop("preference", None), data.get("auxiliary")
+        if preference is None:
+            preference = preset.get("preference")
+        elif isinstance(preference, Mapping) and "loss" not in preference:
+            preference = {**preset.get("preference", {}), **preference}
+        if preference is not None:
+            data["preference"] = [preference] if isinstance(preference, (str, Mapping)) else preference
+        if "auxiliary" in preset and (auxiliary is None or isinstance(auxiliary, Mapping)):
+            data["auxiliary"] = {**preset["auxiliary"], **(auxiliary or {})}
         return data
 
     @model_validator(mode="after")
     def _something(self) -> ObjectiveConfig:
         if not self.preference and self.auxiliary is None:
             raise ValueError("nothing to optimise: give objective.preference, objective.auxiliary or objective.preset")
-        if self.auxiliary is not None and not self.auxiliary.rewards:
-            raise ValueError("objective.auxiliary.rewards is empty: name at least one goal, e.g. [{scorer: readability, weight: 1.0}]")
         return self
 
     def build(self) -> Objective:
@@ -145,25 +202,25 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW (0.9, 0.999) with bias correction, or RMSprop (0.99, eps outside the root): the same on both backends."""
 
-    name: Literal["adamw", "rmsprop"] = "adamw"
-    lr: float = Field(5e-4, gt=0)
+    name: Literal["adamw", "rmsprop"] = Field("adamw", description="update rule")
+    lr: float = Field(5e-4, gt=0, description="largest learning rate of the adapter")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up: constant, or down to 0")
-    warmup_steps: int = Field(5, ge=0)
+    warmup_steps: int = Field(5, ge=0, description="optimizer steps over which the learning rate rises")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of the adapter")
-    weight_decay: float = Field(0.0, ge=0)
-    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="decoupled from the gradient under AdamW, added to it under RMSprop")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
 
 
 class TrainConfig(Section):
     """How long, in which portions, and what is kept."""
 
-    epochs: float = Field(1.0, gt=0)
-    steps: int | None = Field(None, gt=0, description="optimizer steps; overrides epochs")
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows")
+    steps: int | None = Field(None, gt=0, description="optimizer steps; when given, `epochs` is not used")
     batch_size: int = Field(8, gt=0, description="rows per optimizer step, over all ranks")
     micro_batch_tokens: int = Field(8192, gt=0, description="padded tokens computed at once; changes memory, not the result")
     max_length: int = Field(1024, gt=1, description="tokens of prompt and completion together")
     overflow: Literal["drop", "cut"] = Field("drop", description="rows too long after whole turns of the prompt were removed: drop, or cut both completions alike")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of order, splits, partners and initial weights")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
@@ -173,25 +230,25 @@ class TrainConfig(Section):
 class RunConfig(Section):
     """A whole run. `RunConfig(model=..., data=..., objective=...)` in Python, or one YAML file."""
 
-    model: str = Field(description="hub id or folder of a causal language model in HF layout")
+    model: str = Field(min_length=1, description="hub id or folder of a causal language model in HF layout")
     revision: str | None = Field(None, description="revision of a hub model")
-    backend: Literal["auto", "mlx", "torch"] = Field("auto", description="auto: mlx on Apple silicon, torch elsewhere")
+    backend: Literal["auto", "mlx", "torch"] = Field("auto", description="`auto`: mlx on Apple silicon, torch elsewhere, or whichever is installed")
     device: str = Field("auto", description="auto, cpu, gpu, cuda, cuda:1 or mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the frozen base; auto: bfloat16 on GPUs, float32 on CPUs")
-    quantize: Literal["none", "nf4"] = Field("none", description="nf4: 4-bit base by bitsandbytes (CUDA). MLX 4-bit folders need no option")
-    data: DataConfig
-    adapter: AdapterConfig = AdapterConfig()
-    reference: str = Field("base", description="base (adapters off), start (adapter.start), or a folder with an adapter")
-    objective: ObjectiveConfig = Field(default_factory=lambda: ObjectiveConfig.model_validate({"preference": {"loss": "dpo"}}))
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the frozen base; `auto`: bfloat16 on GPUs, float32 on CPUs")
+    quantize: Literal["none", "nf4"] = Field("none", description="`nf4`: 4-bit base by bitsandbytes (CUDA). MLX 4-bit folders need no option")
+    data: DataConfig = Field(description="where the rows come from")
+    adapter: AdapterConfig = Field(AdapterConfig(), description="what is trained")
+    reference: str = Field("base", min_length=1, description="`base` (adapters off), `start` (adapter.start), or a folder with an adapter")
+    objective: ObjectiveConfig = Field(
+        default_factory=lambda: ObjectiveConfig.model_validate({"preference": {"loss": "dpo"}}), description="what is optimised; DPO if not given"
+    )
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how the adapter is updated")
+    train: TrainConfig = Field(TrainConfig(), description="how long, in which portions, and what is kept")
 
     @model_validator(mode="after")
-    def _supported(self) -> RunConfig:
-        if self.adapter.type == "full":
-            raise ValueError("adapter.type: full fine-tuning is not supported yet; use lora (a high rank on all-linear comes close)")
-        if self.adapter.dropout != 0:
-            raise ValueError("adapter.dropout: must be 0 for now; it is wrong under gradient checkpointing on MLX, and both backends must agree")
+    def _consistent(self) -> RunConfig:
+        if self.reference == "start" and self.adapter.start is None:
+            raise ValueError("reference: start needs adapter.start; without a start adapter the reference is base")
         return self
 
     def dump(self) -> str:
@@ -202,87 +259,52 @@ class RunConfig(Section):
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file (or a mapping) and apply overrides like `optimizer.lr=1e-5`.
 
-    Raises ConfigError with the key, what is wrong with it and, for an unknown key, the nearest known one.
+    Raises ConfigError with file and line, the key, what is wrong with it and, for an unknown key, the nearest known one; one line for
+    each thing that is wrong. Paths in the configuration are relative to the current directory, not to the file.
     """
-    if isinstance(source, Mapping):
-        name, data = "config", dict(source)
-    else:
-        name, data = str(source), _read_yaml(Path(source))
+    read = Source(copy.deepcopy(dict(source))) if isinstance(source, Mapping) else read_yaml(Path(source))
     for override in overrides:
-        _apply(data, override)
+        apply_override(read, override)
     try:
-        return RunConfig.model_validate(data)
+        return RunConfig.model_validate(read.data)
     except ValidationError as error:
-        raise ConfigError(f"{name}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(explain(e, RunConfig, read) for e in error.errors())) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. `upo quickstart --write-config {path}` writes one to start from.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys; this is {'empty' if data is None else type(data).__name__}.")
-    return data
+def config_schema() -> dict[str, Any]:
+    """JSON schema of a configuration file, for editors: every key, with the options of each loss and scorer."""
+    from upo.rewards import SCORERS
+
+    schema = RunConfig.model_json_schema()
+    definitions = schema["$defs"]
+    for item, key, classes in (("PreferenceConfig", "loss", LOSSES), ("RewardConfig", "scorer", SCORERS)):
+        shared = {name: info for name, info in definitions[item]["properties"].items() if name != key}
+        definitions[item] = {"anyOf": [{"enum": list(classes)}, *(_variant(key, name, kind, shared) for name, kind in classes.items())]}
+    for section, key, item in (("ObjectiveConfig", "preference", "PreferenceConfig"), ("AuxiliaryConfig", "rewards", "RewardConfig")):
+        one = {"$ref": f"#/$defs/{item}"}
+        definitions[section]["properties"][key] = {
+            "description": definitions[section]["properties"][key]["description"],
+            "anyOf": [one, {"type": "array", "items": one}],
+        }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "upo configuration"}
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Set a dotted key; the value is read as YAML, so lists and mappings work: objective.preference={loss: kto}."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f'--set {override}: write KEY=VALUE, e.g. --set "optimizer.lr=1e-5".')
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: the value is not valid YAML.") from None
-    *parents, last = key.strip().split(".")
-    node: Any = data
-    for parent in parents:
-        if isinstance(node, dict):
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-        if isinstance(node, list) and len(node) == 1:
-            node = node[0]  # `objective.preference.beta` where the file lists one loss
-        if not isinstance(node, dict):
-            raise ConfigError(f"--set {key}: {parent} is not a mapping in the configuration.")
-    node[last] = value
+def _variant(key: str, name: str, kind: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of one loss or scorer: its name, the shared keys, and its own options."""
+    options = {f.name: f.default for f in dataclasses.fields(kind)}
+    return {
+        "type": "object",
+        "title": name,
+        "description": (kind.__doc__ or "").splitlines()[0],
+        "properties": {
+            key: {"const": name},
+            **shared,
+            **{option: {"type": "number" if isinstance(default, float) else "string", "default": default} for option, default in options.items()},
+        },
+        "required": [key],
+        "additionalProperties": False,
+    }
 
 
-def _explain(error: Any) -> str:
-    location = [part for part in error["loc"] if isinstance(part, str)]
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _section(location[:-1])
-        return f"{key}: unknown key.{did_you_mean(location[-1], known.model_fields) if known else ''}"
-    if error["type"] == "missing":
-        return f"{key}: required, but not given"
-    message = error["msg"].removeprefix("Value error, ")
-    got = error.get("input")
-    shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool)) and not message.startswith(key) else ""
-    return (message if not key or message.startswith(key) else f"{key}: {message}") + shown
-
-
-def _section(path: Sequence[str]) -> type[BaseModel] | None:
-    """The section class at a path of keys, or None where there is none."""
-    section: type[BaseModel] = RunConfig
-    for key in path:
-        if key not in section.model_fields:
-            return None
-        inner = [a for a in _leaves(section.model_fields[key].annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not inner:
-            return None
-        section = inner[0]
-    return section
-
-
-def _leaves(annotation: Any) -> list[Any]:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
-        return [leaf for arg in typing.get_args(annotation) for leaf in _leaves(arg)]
-    return [annotation]
+def _as_number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value

@@ -129,16 +129,17 @@ def micro_batches(batch: Batch, limit: int, at_least: int = 1, multiple: int = 1
     """Partition of the batch's rows, each part within `limit` padded token slots; an oversized row goes alone.
 
     Rows are taken from longest to shortest, so that a part holds rows of like length. At least `at_least` parts are made while there
-    are rows for them, one per rank. Deterministic.
+    are rows for them, one per rank, and then of about as many rows each. Deterministic.
     """
     sizes = _row_lengths(batch)
     order = sorted(range(len(sizes)), key=lambda r: -(sizes[r][0] + max(sizes[r][1], default=0)))
-    most = max(1, -(-len(order) // at_least))
     parts: list[list[int]] = []
-    for row in order:
+    most = 0  # rows of the part being filled
+    for done, row in enumerate(order):
         if parts and len(parts[-1]) < most and padded_size([sizes[r] for r in (*parts[-1], row)], multiple) <= limit:
             parts[-1].append(row)
         else:
+            most = -(-(len(order) - done) // max(1, at_least - len(parts)))
             parts.append([row])
     return parts
 

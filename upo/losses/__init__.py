@@ -28,6 +28,8 @@ def build_loss(name: str, **options: Any) -> Loss:
             raise ValueError(f'{name} has no option "{option}".{did_you_mean(option, [*known, "weight"])}')
         if isinstance(known[option], float):
             try:
+                if isinstance(value, bool):
+                    raise TypeError
                 options[option] = float(value)
             except (TypeError, ValueError):
                 raise ValueError(f"{name}: {option} must be a number (got {value!r})") from None

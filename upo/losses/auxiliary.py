@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 from upo.losses.base import Scores
@@ -32,14 +33,22 @@ class Auxiliary:
 
     source: ClassVar[str] = "Badrinath et al. 2024 (UPO), arXiv 2405.17956, eq. 10-12, 27 of the ICLR 2025 submission; expectile: Kostrikov et al. 2021, eq. 5"
 
+    def __post_init__(self) -> None:
+        for option in ("gamma", "temperature", "value_coef"):
+            if not 0 <= getattr(self, option) < inf:
+                raise ValueError(f"auxiliary: {option} must be finite and not negative (got {getattr(self, option)})")
+        if not 0 < self.expectile < 1:
+            raise ValueError(f"auxiliary: expectile must be between 0 and 1 (got {self.expectile})")
+
     def weight(self, ops: Ops, scores: Scores) -> Array:
         """[N] exp(lambda * A), a constant."""
         return ops.exp(self.temperature * (scores.reward - ops.stop_gradient(scores.value)))
 
     def actor(self, ops: Ops, scores: Scores) -> Array:
         """[N], zero during the warm-up."""
-        on = 1.0 if scores.step >= self.actor_warmup_steps else 0.0
-        return -on * self.weight(ops, scores) * scores.logp / scores.length
+        if scores.step < self.actor_warmup_steps:
+            return 0.0 * scores.logp  # whatever the weights are: an untrained V may make them infinite
+        return -self.weight(ops, scores) * scores.logp / scores.length
 
     def value(self, ops: Ops, scores: Scores) -> Array:
         """[N] expectile regression of R on V(x)."""

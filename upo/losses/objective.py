@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upo.losses.auxiliary import Auxiliary
-from upo.losses.base import Loss, Scores
+from upo.losses.base import Loss, Scores, Unit
 from upo.ops import Array, Ops
 
 
@@ -33,14 +33,18 @@ class Objective:
 
         For a micro-batch these are its share of the step's: summing over the step's micro-batches gives the step's value.
         """
+
+        def mean(values: Array, unit: Unit) -> Array:
+            return ops.sum(values) / max(scores.count[unit], 1)  # a step without a unit of this kind adds 0, not 0 / 0
+
         terms: dict[str, Any] = {}
         total: Any = 0.0
         if self.preference:
-            terms["loss/preference"] = sum(w * ops.sum(loss(ops, scores)) / scores.count[loss.unit] for loss, w in self.preference)
-            total = total + terms["loss/preference"]
-        if self.auxiliary:
-            n = scores.count["completion"]
-            terms["loss/auxiliary"] = ops.sum(self.auxiliary.actor(ops, scores)) / n
-            terms["loss/value"] = ops.sum(self.auxiliary.value(ops, scores)) / n
-            total = total + self.auxiliary.gamma * terms["loss/auxiliary"] + self.auxiliary.value_coef * terms["loss/value"]
+            terms["loss/preference"] = total = sum(w * mean(loss(ops, scores), loss.unit) for loss, w in self.preference)
+        if aux := self.auxiliary:
+            terms["loss/auxiliary"] = mean(aux.actor(ops, scores), "completion")
+            terms["loss/value"] = mean(aux.value(ops, scores), "completion")
+            for coefficient, name in ((aux.gamma, "loss/auxiliary"), (aux.value_coef, "loss/value")):
+                if coefficient:  # a term that is switched off is reported, but cannot make the sum 0 * inf
+                    total = total + coefficient * terms[name]
         return {"loss": total, **terms}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 from upo.losses.base import Loss, Scores, Unit
@@ -28,11 +29,11 @@ class DPO(Loss):
     unit: ClassVar[Unit] = "pair"
     data = "pairs"
     needs = frozenset({"reference"})
-    source: ClassVar[str] = "Rafailov et al. 2023, arXiv 2305.18290, eq. 7; label smoothing: Mitchell 2023, cDPO note, eq. 3"
+    source: ClassVar[str] = "Rafailov et al. 2023, arXiv 2305.18290, eq. 7; label smoothing: Mitchell 2023, A note on DPO with noisy preferences (cDPO)"
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"dpo: beta must be above 0 (got {self.beta})")
+        if not 0 < self.beta < inf:
+            raise ValueError(f"dpo: beta must be above 0 and finite (got {self.beta})")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"dpo: label_smoothing must be in [0, 0.5) (got {self.label_smoothing})")
 

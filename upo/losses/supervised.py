@@ -28,8 +28,7 @@ class SFT(Loss):
     source: ClassVar[str] = "maximum likelihood; as a regulariser: Pang et al. 2024, arXiv 2404.19733, eq. 1"
 
     def __call__(self, ops: Ops, scores: Scores) -> Array:
-        mean_logp = scores.logp / scores.length
-        return -ops.where(scores.label > 0, mean_logp, 0 * mean_logp)
+        return ops.where(scores.label > 0, -scores.logp / scores.length, 0.0)
 
     def implicit_reward(self, scores: Scores) -> Array:
         return scores.logp / scores.length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 from upo.losses.base import Loss, Scores, Unit
@@ -35,10 +36,11 @@ class KTO(Loss):
     source: ClassVar[str] = "Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7"
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"kto: beta must be above 0 (got {self.beta})")
-        if not (self.desirable_weight >= 0 and self.undesirable_weight >= 0 and self.desirable_weight + self.undesirable_weight > 0):
-            raise ValueError("kto: desirable_weight and undesirable_weight must not be negative, nor both 0")
+        if not 0 < self.beta < inf:
+            raise ValueError(f"kto: beta must be above 0 and finite (got {self.beta})")
+        weights = self.desirable_weight, self.undesirable_weight
+        if not (min(weights) >= 0 and 0 < sum(weights) < inf):
+            raise ValueError(f"kto: desirable_weight and undesirable_weight must be finite, not negative and not both 0 (got {weights})")
 
     def __call__(self, ops: Ops, scores: Scores) -> Array:
         partners = scores.partner_logratio

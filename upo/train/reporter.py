@@ -42,3 +42,28 @@ class Silent:
     def advance(self, done: int) -> None: ...
 
     def metrics(self, record: Mapping[str, Any]) -> None: ...
+
+
+class Recorder:
+    """Passes everything on and keeps the warnings, each once."""
+
+    def __init__(self, inner: Reporter) -> None:
+        self.inner = inner
+        self.warnings: list[str] = []
+
+    def info(self, text: str) -> None:
+        self.inner.info(text)
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.inner.warn(text)
+
+    def start(self, phase: str, total: int, unit: str) -> None:
+        self.inner.start(phase, total, unit)
+
+    def advance(self, done: int) -> None:
+        self.inner.advance(done)
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        self.inner.metrics(record)

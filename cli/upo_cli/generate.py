@@ -1,0 +1,167 @@
+"""`upo generate`: what a model, or the result of a run, answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from upo.adapters import read_adapter
+from upo.backend import Sampling, get_backend
+from upo.config import RunConfig, load_config
+from upo.errors import ConfigError, DataError
+from upo_cli.options import backend_option, json_option, quiet_option, rank
+from upo_cli.progress import reporting
+
+Message = dict[str, str]
+DEFAULTS = Sampling()
+
+
+@click.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--model", metavar="M", help="Hub id or folder of the model.  [default: the run's]")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Folder of an adapter, a run or a checkpoint to put on the model.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt. May be repeated.")
+@click.option("--file", "file", type=click.Path(path_type=Path), help="Prompts: a text file, one a line, or JSON lines with prompt or messages.")
+@click.option("--system", metavar="TEXT", help="System message before every prompt.")
+@click.option("--plain", is_flag=True, help="Give the prompt as it is, without the chat template: for runs on plain strings.")
+@backend_option
+@click.option("--max-tokens", type=click.IntRange(min=1), default=DEFAULTS.max_tokens, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=DEFAULTS.temperature, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-p", type=click.FloatRange(min=0, min_open=True, max=1), default=DEFAULTS.top_p, show_default=True, help="Nucleus to sample from.")
+@click.option("--seed", type=click.IntRange(min=0), default=DEFAULTS.seed, show_default=True, help="Same seed, same backend: same text.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=DEFAULTS.batch_size, show_default=True, help="Prompts answered at once.")
+@json_option
+@quiet_option
+def generate(
+    run: Path | None,
+    model: str | None,
+    adapter: Path | None,
+    prompts: tuple[str, ...],
+    file: Path | None,
+    system: str | None,
+    plain: bool,
+    backend: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch_size: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Answer prompts with the result of RUN, or with --model and, if given, --adapter.
+
+    Prompts come from --prompt, --file or standard input. With --json, one object a line: prompt, completion, tokens.
+
+    \b
+    Examples:
+      upo generate runs/first --prompt "Why is the sky blue?"
+      upo generate --model HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Why is the sky blue?"
+      upo generate runs/first --file prompts.jsonl --json > answers.jsonl
+    """
+    config = _configuration(run, model, adapter, backend)
+    conversations = _conversations(prompts, file, system)
+    from upo.data.tokenizer import load_tokenizer
+    from upo.models import resolve
+
+    with reporting(quiet) as reporter:
+        tokenizer = load_tokenizer(resolve(config.model, config.revision))
+        if not plain and not tokenizer.has_template:
+            plain = True
+            reporter.info(f"{config.model} has no chat template: prompts are given as they are.")
+        ids = [tokenizer.prompt_ids(_plain(messages) if plain else messages) for messages in conversations]
+        learner = get_backend(config.backend).load(config)
+        for note in learner.info.notes:
+            reporter.info(note)
+        answers: list[Any] = []
+        reporter.start("generate", len(ids), "prompts")
+        for start in range(0, len(ids), batch_size):
+            part = ids[start : start + batch_size]
+            # A seed of its own for every part, else the parts would repeat one another's draws.
+            answers += learner.generate(part, Sampling(max_tokens, temperature, top_p, seed + start, batch_size))
+            reporter.advance(len(part))
+    if rank():
+        return
+    for number, (messages, tokens) in enumerate(zip(conversations, answers, strict=True)):
+        prompt, completion = messages[-1]["content"], tokenizer.decode(tokens)
+        if as_json:
+            click.echo(json.dumps({"prompt": prompt, "completion": completion, "tokens": len(tokens)}, ensure_ascii=False))
+        elif len(answers) == 1:
+            click.echo(completion)
+        else:
+            click.echo(("\n" if number else "") + f"### {prompt}\n{completion}")
+
+
+def _configuration(run: Path | None, model: str | None, adapter: Path | None, backend: str | None) -> RunConfig:
+    """What the backend loads: the run's configuration, or the model's alone; the adapter as the start adapter."""
+    data: dict[str, Any] = {}
+    if run is not None:
+        if not (run / "config.yaml").is_file():
+            raise click.UsageError(f"{run} is no run (it has no config.yaml). For a model: --model {run}")
+        trained = load_config(run / "config.yaml")
+        data = trained.model_dump(include={"model", "revision", "backend", "device", "dtype", "quantize"})
+        adapter = adapter or run
+    if model is not None:
+        data |= {"model": model, "revision": None}
+    if backend is not None:
+        data["backend"] = backend
+    if "model" not in data:
+        raise click.UsageError("Name a run or a model: upo generate RUN, or upo generate --model M.")
+    data["data"] = {"train": "-"}  # a configuration names rows; nothing reads them here
+    if adapter is not None:
+        found = read_adapter(adapter)
+        data["adapter"] = {"start": str(adapter), "rank": found.rank, "alpha": found.scale * found.rank}
+    return load_config(data)
+
+
+def _conversations(prompts: tuple[str, ...], file: Path | None, system: str | None) -> list[list[Message]]:
+    """One list of messages for each prompt, in order."""
+    found = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    if file is not None:
+        try:
+            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: cannot be read ({error}).") from None
+        found += _read(text, str(file))
+    elif not prompts:
+        if sys.stdin.isatty():
+            raise click.UsageError('No prompt. Give --prompt "...", --file FILE, or pipe prompts in, one a line.')
+        found = _read(sys.stdin.read(), "standard input")
+    if not found:
+        raise DataError(f"{file or 'standard input'}: no prompt in it.")
+    for number, messages in enumerate(found, 1):
+        if not all(m["content"].strip() for m in messages):
+            raise ConfigError(f"prompt {number}: it is empty.")
+    first = [{"role": "system", "content": system}] if system else []
+    return [first + messages for messages in found]
+
+
+def _plain(messages: list[Message]) -> str:
+    if len(messages) != 1:
+        raise ConfigError(f"--plain: the prompt has {len(messages)} turns ({', '.join(m['role'] for m in messages)}); without a chat template it can have one.")
+    return messages[0]["content"]
+
+
+def _read(text: str, name: str) -> list[list[Message]]:
+    """Prompts from lines of text, or of JSON if the file is named so or begins with a brace."""
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not name.endswith((".jsonl", ".json")) and not text.lstrip().startswith("{"):
+        return [[{"role": "user", "content": line}] for _, line in lines]
+    return [_from_json(line, f"{name}:{number}") for number, line in lines]
+
+
+def _from_json(line: str, where: str) -> list[Message]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON ({error}). One object a line is expected.") from None
+    value = row if isinstance(row, str) else row.get("messages", row.get("prompt")) if isinstance(row, dict) else None
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value):
+        return [{"role": m["role"], "content": m["content"]} for m in value]
+    raise DataError(f'{where}: no prompt here. Write {{"prompt": "..."}} or {{"messages": [{{"role": "user", "content": "..."}}]}}.')

@@ -1,0 +1,144 @@
+"""Writes docs/configuration.md and docs/cli.md from the code: `python docs/generate.py`. A test keeps them in step."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from click.testing import CliRunner
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from upo_cli.main import COMMANDS, main
+
+from upo.config import PRESETS, RunConfig
+from upo.config_file import leaves, walk
+from upo.losses import LOSSES
+from upo.rewards import SCORERS
+
+DOCS = Path(__file__).parent
+BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most"))
+
+CONFIGURATION = """\
+# Configuration
+
+<!-- Made by docs/generate.py from upo/config.py: change it there. -->
+
+A run is one YAML file: `upo train run.yaml`. The same file runs on either backend. `examples/` holds files to start from.
+
+- Only `model` and `data.train` are required.
+- **Paths are relative to the current directory**, not to the file.
+- `--set KEY=VALUE` changes a key for one run: `--set optimizer.lr=1e-5`, `--set objective.preference.0.beta=0.2` (lists count from 0; the number may
+  be left out where the list has one element), `--set "objective.preference={loss: kto}"`. The value is read as YAML.
+- An unknown key, a key given twice and a value out of its range are errors that name file, line and key. Nothing is ignored.
+- Numbers may be written `1e-5`, which YAML 1.1 reads as text.
+- `objective.preference` takes one loss, its name alone, or a list: `preference: dpo`, `preference: {loss: dpo, beta: 0.2}`,
+  `preference: [{loss: dpo}, {loss: sft, weight: 0.1}]`. `objective.auxiliary.rewards` likewise.
+- For completion in an editor: `upo train --schema > upo.schema.json`, and on top of the file `# yaml-language-server: $schema=upo.schema.json`.
+
+In Python: `from upo import load_config, train; train(load_config("run.yaml", ["train.seed=1"]), "runs/one")`.
+"""
+
+COMMAND_LINE = """\
+# Command line
+
+<!-- Made by docs/generate.py from the commands' own help: change it there. -->
+
+`upo` and `python -m upo_cli` are the same. Results go to stdout, progress and messages to stderr; `--json` makes the result one for scripts.
+
+Exit codes: 0 done; 1 an error in the input, told in one line; 2 wrong usage; 130 interrupted. A traceback is a bug of this program: please report it.
+"""
+
+
+def configuration() -> str:
+    """docs/configuration.md: a table for every section."""
+    parts = [CONFIGURATION, _table("", RunConfig)]
+    for keys, _, section in walk(RunConfig):
+        if section is not None:
+            parts.append(f"## {'.'.join(keys)}\n\n{inspect.cleandoc(section.__doc__ or '')}\n\n" + _table(".".join(keys), section))
+            if keys == ("objective",):
+                parts.append(_presets())
+            if keys == ("objective", "preference"):
+                parts.append(_kinds("loss", LOSSES, "Options of the losses (formulas: `upo losses NAME`):"))
+            if keys == ("objective", "auxiliary", "rewards"):
+                parts.append(_kinds("scorer", SCORERS, "Options of the scorers:"))
+    return "\n".join(parts)
+
+
+def command_line() -> str:
+    """docs/cli.md: the help of every command."""
+    parts = [COMMAND_LINE, _help([])]
+    context = click.Context(main, info_name="upo")
+    for name in COMMANDS:
+        command = main.get_command(context, name)
+        parts.append(f"## upo {name}\n\n" + _help([name]))
+        if isinstance(command, click.Group):
+            parts += [f"### upo {name} {inner}\n\n" + _help([name, inner]) for inner in command.list_commands(context)]
+    return "\n".join(parts)
+
+
+def _table(prefix: str, section: type[BaseModel]) -> str:
+    lines = ["| key | default | values | meaning |", "|---|---|---|---|"]
+    for name, info in section.model_fields.items():
+        key = f"{prefix}.{name}" if prefix else name
+        lines.append(f"| `{key}` | {_default(info)} | {_values(info)} | {info.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    if info.default_factory is not None or isinstance(info.default, BaseModel) or info.default == ():
+        return ""
+    return f"`{json.dumps(info.default)}`" if not isinstance(info.default, str) else f"`{info.default}`"
+
+
+def _values(info: FieldInfo) -> str:
+    names = {str: "text", int: "whole number", float: "number", bool: "true, false", type(None): "null"}
+    words: list[str] = []
+    if typing.get_origin(info.annotation) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(info.annotation))
+    for kind in leaves(info.annotation):
+        if kind is Ellipsis:
+            words[-1] = f"list of {words[-1]}".replace("section", "sections")
+        elif typing.get_origin(kind) is typing.Literal:
+            words += [f"`{value}`" for value in typing.get_args(kind)]
+        else:
+            words.append(names.get(kind, "section"))
+    bounds = [f"{word} {getattr(rule, name):g}" for rule in info.metadata for name, word in BOUNDS if hasattr(rule, name)]
+    return " or ".join(words) + (f", {' and '.join(bounds)}" if bounds else "")
+
+
+def _presets() -> str:
+    lines = ["What a preset fills in where the file gives nothing:", "", "| preset | preference | auxiliary |", "|---|---|---|"]
+    for name, preset in PRESETS.items():
+        given = ", ".join(f"{key}: {value}" for key, value in preset["auxiliary"].items()) or "the defaults"
+        preference = ", ".join(f"{key}: {value}" for key, value in preset["preference"].items())
+        lines.append(f"| `{name}` | {preference} | {given} |")
+    return "\n".join(lines) + "\n"
+
+
+def _kinds(title: str, classes: Mapping[str, Any], text: str) -> str:
+    lines = [text, "", f"| {title} | options and defaults | what it does |", "|---|---|---|"]
+    for name, kind in classes.items():
+        options = ", ".join(f"`{f.name}: {f.default}`" for f in dataclasses.fields(kind)) or "none"
+        lines.append(f"| `{name}` | {options} | {' '.join(inspect.cleandoc(kind.__doc__ or '').partition(chr(10) * 2)[0].split())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _help(arguments: list[str]) -> str:
+    result: Any = CliRunner().invoke(main, [*arguments, "--help"], terminal_width=100, catch_exceptions=False)
+    return "```\n" + result.stdout.rstrip() + "\n```\n"
+
+
+PAGES = {"configuration.md": configuration, "cli.md": command_line}
+
+if __name__ == "__main__":
+    for file, make in PAGES.items():
+        (DOCS / file).write_text(make(), encoding="utf-8")
+        print(f"wrote {DOCS / file}")

@@ -1,0 +1,353 @@
+"""Model folders: what is opened, what is refused, and what a configuration means."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from upo import models, tensors
+from upo.errors import ModelError
+
+CONFIG: dict[str, Any] = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "rope_theta": 10000.0}
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    write_json(path / "config.json", CONFIG)
+    rng = np.random.default_rng(0)
+    tensors.write(path / "model.safetensors", {f"layer{i}": rng.normal(size=(64, 64)).astype(np.float32) for i in range(3)})
+    return path
+
+
+def test_a_folder_resolves_to_itself(folder: Path) -> None:
+    assert models.resolve(str(folder)) == folder
+    assert models.weight_files(folder) == [folder / "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["./x", "/nowhere/x", "~/nowhere-at-all", "a/b/c", ""])
+def test_a_path_that_is_not_there_says_so(name: str) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        models.resolve(name)
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    with pytest.raises(ModelError, match="is a file"):
+        models.resolve(str(folder / "config.json"))
+
+
+def test_hub_download_takes_no_code_and_no_pickles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **kwargs: asked.update(name=name, **kwargs) or str(folder)
+    )
+    assert models.resolve("owner/name", revision="abc") == folder
+    assert asked["name"] == "owner/name" and asked["revision"] == "abc"
+    files = [
+        "config.json",
+        "model-00001-of-2.safetensors",
+        "modeling_x.py",
+        "pytorch_model.bin",
+        "x.pt",
+        "x.pth",
+        "consolidated.00.safetensors",
+        "chat_template.jinja",
+        "merges.txt",
+    ]
+    kept = list(
+        huggingface_hub.utils.filter_repo_objects(
+            files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+        )
+    )
+    assert kept == ["config.json", "model-00001-of-2.safetensors", "chat_template.jinja", "merges.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("GatedRepoError", "gated .*hf auth login"),
+        ("RepositoryNotFoundError", "neither a folder here nor a public model"),
+        ("RevisionNotFoundError", "has no revision main2"),
+        ("LocalEntryNotFoundError", "hub cannot be reached"),
+        ("OfflineModeIsEnabled", "HF_HUB_OFFLINE"),
+        ("HFValidationError", "nor a valid hub id"),
+    ],
+)
+def test_hub_trouble_is_one_line_with_a_remedy(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fail(*_: Any, **__: Any) -> str:
+        kind = getattr(errors, error)
+        made = kind.__new__(kind)  # their constructors want a response object
+        Exception.__init__(made, "first line\nsecond line")
+        raise made
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=message) as caught:
+        models.resolve("owner/name", revision="main2")
+    assert "\n" not in str(caught.value) and "owner/name" in str(caught.value)
+
+
+def test_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json: missing"):
+        models.resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{broken", "[]", '"x"', "[" * 100_000])
+def test_a_broken_config_is_named(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        models.resolve(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("config.json", "auto_map"), ("config.json", "model_file"), ("tokenizer_config.json", "auto_map")]
+)
+def test_remote_code_is_refused(folder: Path, file: str, key: str) -> None:
+    write_json(folder / file, {**CONFIG, key: {"AutoModel": "modeling.Model"}})
+    with pytest.raises(ModelError, match=rf"{file}.*code of its own \(`{key}`\)"):
+        models.resolve(str(folder))
+
+
+def test_pickles_only_and_nothing_at_all(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no \.safetensors weights"):
+        models.check_folder(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"only pickle weights \(pytorch_model\.bin\)"):
+        models.check_folder(folder)
+
+
+def index(folder: Path, *names: str) -> None:
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {f"w{i}": name for i, name in enumerate(names)}})
+
+
+def test_index(folder: Path) -> None:
+    index(folder, "model.safetensors", "model.safetensors")
+    assert models.weight_files(folder) == [folder / "model.safetensors"]
+    index(folder, "model.safetensors", "model-2.safetensors")
+    with pytest.raises(ModelError, match=r"model-2\.safetensors: missing.*incomplete"):
+        models.check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/other.safetensors", "a/../../other.safetensors", "model.bin", "..\\other.safetensors"]
+)
+def test_an_index_that_leaves_the_folder_is_refused(folder: Path, name: str) -> None:
+    (folder.parent / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    index(folder, name)
+    with pytest.raises(ModelError, match=r"not a .safetensors file inside the folder"):
+        models.check_folder(folder)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}])
+def test_an_unusable_index_is_refused(folder: Path, content: Any) -> None:
+    write_json(folder / "model.safetensors.index.json", content)
+    with pytest.raises(ModelError, match="no usable `weight_map`"):
+        models.check_folder(folder)
+
+
+def test_links_out_of_the_folder_are_refused(folder: Path) -> None:
+    outside = folder.parent / "elsewhere"
+    outside.mkdir()
+    (folder / "model.safetensors").rename(outside / "w")
+    (folder / "model.safetensors").symlink_to(outside / "w")
+    with pytest.raises(ModelError, match="leads out of the model's folder"):
+        models.check_folder(folder)
+    (folder / "model.safetensors").unlink()
+    (outside / "w").rename(outside / "w.safetensors")
+    (folder / "sub").symlink_to(outside)
+    index(folder, "sub/w.safetensors")
+    with pytest.raises(ModelError, match="leads out"):
+        models.weight_files(folder)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_hub_caches_own_links_are_allowed(folder: Path, tmp_path: Path, shared: bool) -> None:
+    repository = tmp_path / "hub" / "models--owner--name"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    store = tmp_path / "hub" / "blobs"
+    store.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        blob = repository / "blobs" / name
+        (folder / name).rename(store / name if shared else blob)
+        if shared:
+            blob.symlink_to(os.path.relpath(store / name, blob.parent))
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert models.resolve(str(snapshot)) == snapshot
+    (snapshot / "x.json").symlink_to(tmp_path / "model")
+    with pytest.raises(ModelError, match="leads out"):
+        models.check_folder(snapshot)
+
+
+def test_new_rope_spelling_gets_the_old_one() -> None:
+    config, notes = models.repair_config(
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default", "partial_rotary_factor": 0.5}}
+    )
+    assert (config["rope_theta"], config["partial_rotary_factor"]) == (5e5, 0.5)
+    assert "rope_scaling" not in config and len(notes) == 2
+
+
+def test_old_rope_spelling_gets_the_new_one() -> None:
+    config, notes = models.repair_config(
+        {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.25}
+    )
+    assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    assert (
+        config["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 2.0}
+        and config["rope_theta"] == 1e6
+        and notes == []
+    )
+
+
+def test_scaling_is_carried_over() -> None:
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config, _ = models.repair_config({"rope_parameters": {**llama3, "rope_theta": 5e5}})
+    assert config["rope_scaling"] == {**llama3, "type": "llama3"} and config["rope_theta"] == 5e5
+
+
+def test_a_conflict_is_settled_as_in_transformers_and_noted() -> None:
+    config, notes = models.repair_config({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
+    assert config["rope_theta"] == 5e5 and notes == [
+        "config.json: rope_theta was 10000.0; rope_parameters say 500000.0, which is what transformers uses."
+    ]
+    config, notes = models.repair_config(
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 7.0}, "rope_parameters": {"rope_theta": 5.0}}
+    )
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 7.0 and "gave way" in notes[0]
+
+
+def test_rope_per_kind_of_layer() -> None:
+    rope = {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+    config, _ = models.repair_config({"rope_parameters": rope})
+    assert (config["rope_theta"], config["rope_local_base_freq"]) == (1e6, 1e4)
+    assert config["rope_scaling"]["factor"] == 8.0 and config["rope_parameters"] == rope
+
+
+def test_experts_nested_and_neox() -> None:
+    assert models.repair_config({"num_local_experts": 8})[0]["num_experts"] == 8
+    assert models.repair_config({"num_experts": 8})[0]["num_local_experts"] == 8
+    config, notes = models.repair_config({"text_config": {"rope_parameters": {"rope_theta": 3.0}}})
+    assert config["text_config"]["rope_theta"] == 3.0 and notes[0].startswith("config.json, text_config: rope_theta")
+    neox, _ = models.repair_config(
+        {"model_type": "gpt_neox", "rope_parameters": {"rope_theta": 3.0, "partial_rotary_factor": 0.25}}
+    )
+    assert (neox["rotary_emb_base"], neox["rotary_pct"]) == (3.0, 0.25)
+
+
+def test_repair_is_idempotent_and_leaves_its_input_alone() -> None:
+    before = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "yarn", "factor": 4.0}, "num_experts": 4}
+    copy = json.loads(json.dumps(before))
+    once, notes = models.repair_config(before)
+    assert before == copy and notes
+    assert models.repair_config(once) == (once, [])
+    assert models.repair_config({"hidden_size": 8}) == ({"hidden_size": 8}, [])
+
+
+def test_longrope_for_short_sequences() -> None:
+    config = {
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+    }
+    assert models.short_rope(config, 64)[0]["rope_scaling"]["long_factor"] == [1.0]
+    same, notes = models.short_rope(config, 65)
+    assert same == config and "64 tokens" in notes[0]
+    assert models.short_rope(CONFIG, 10) == (CONFIG, [])
+
+
+def test_mlx_reads_a_repaired_config_as_transformers_does(tmp_path: Path) -> None:
+    """The trap this guards: mlx-lm falls back to theta 10000 without an error (logits off by 2.9 on a scale of 3.2)."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    mx, load = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils").load_model
+    common = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    long = {"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [9.0, 8.0, 7.0, 6.0]}
+    cases = [
+        transformers.LlamaConfig(**common, rope_parameters={**llama3, "rope_theta": 5e5}),
+        transformers.Qwen3MoeConfig(
+            **common,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        ),
+        transformers.Phi3Config(
+            **common,
+            pad_token_id=0,
+            max_position_embeddings=512,
+            original_max_position_embeddings=64,
+            rope_parameters={**long, "rope_theta": 5e5},
+        ),
+    ]
+    ids = np.arange(24)[None] * 7 % 64
+    for case in cases:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(case).float().eval()
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.15)
+        path = tmp_path / case.model_type
+        model.save_pretrained(path)
+        with torch.no_grad():
+            want = model(torch.tensor(ids)).logits.numpy()
+        config, _ = models.model_config(path)
+        config, _ = models.short_rope(config, ids.shape[1])
+        with mx.stream(mx.cpu):
+            loaded, _ = load(path, model_config=config)
+            got = np.array(loaded(mx.array(ids)).astype(mx.float32))
+        # float32 round-off of one layer: measured 2e-6 on a scale of 3
+        np.testing.assert_allclose(got, want, atol=3e-5, err_msg=case.model_type)
+
+
+def test_weights_hash_sees_every_layer_and_the_architecture(folder: Path) -> None:
+    first = models.weights_hash(folder)
+    assert len(first) == 16 and models.weights_hash(folder) == first
+    write_json(folder / "config.json", {**CONFIG, "transformers_version": "9", "_name_or_path": "x", "dtype": "float16"})
+    assert models.weights_hash(folder) == first
+    write_json(folder / "config.json", {**CONFIG, "rope_theta": 20000.0})
+    assert models.weights_hash(folder) != first
+    write_json(folder / "config.json", CONFIG)
+    arrays = tensors.read(folder / "model.safetensors")
+    tensors.write(
+        folder / "model.safetensors", {**arrays, "layer1": arrays["layer1"] * 1.01}
+    )  # a merge that spares the first and last tensor
+    assert models.weights_hash(folder) != first
+    tensors.write(folder / "model.safetensors", arrays)
+    assert models.weights_hash(folder) == first
+
+
+def test_quantized_mlx() -> None:
+    assert models.is_quantized_mlx({"quantization": {"group_size": 64, "bits": 4}})
+    assert not models.is_quantized_mlx({"quantization_config": {"quant_method": "bitsandbytes"}})

@@ -1,0 +1,117 @@
+"""One way to run a function of `Ops` on NumPy, torch and MLX, with gradients where there are any. For tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from upo.backend import installed
+
+NAMES = ("numpy", "torch", "mlx")
+TOLERANCE = {  # (relative, absolute)
+    "numpy": {"value": (1e-12, 1e-14)},  # float64
+    "torch": {"value": (1e-5, 1e-6), "gradient": (1e-4, 1e-6)},  # float32
+    "mlx": {"value": (1e-5, 1e-6), "gradient": (1e-4, 1e-6)},  # float32; its exp is off by up to 3.5e-6 on a CPU
+}
+
+
+class Interpreter:
+    """NumPy in float64: values only."""
+
+    name = "numpy"
+    differentiates = False
+
+    def __init__(self) -> None:
+        from upo.numpy_ops import ops
+
+        self.ops = ops
+
+    def floats(self, x: Any) -> Any:
+        return np.asarray(x, np.float64)
+
+    def indices(self, x: Any) -> Any:
+        return np.asarray(x, np.int64)
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return np.asarray(x)
+
+    def gradient(self, function: Callable[..., Any], inputs: Sequence[Any]) -> list[np.ndarray]:
+        """Gradient of a scalar function of arrays with respect to each of them; zeros where it does not depend on one."""
+        raise NotImplementedError
+
+
+class Torch(Interpreter):
+    """float32 on the CPU."""
+
+    name = "torch"
+    differentiates = True
+
+    def __init__(self) -> None:
+        import torch
+
+        from upo_torch.ops import ops
+
+        torch.set_num_threads(1)
+        self.torch, self.ops = torch, ops
+
+    def floats(self, x: Any) -> Any:
+        return self.torch.tensor(np.asarray(x, np.float32))
+
+    def indices(self, x: Any) -> Any:
+        return self.torch.tensor(np.asarray(x, np.int64))
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return x.detach().numpy()
+
+    def gradient(self, function: Callable[..., Any], inputs: Sequence[Any]) -> list[np.ndarray]:
+        leaves = [self.floats(x).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        if not out.requires_grad:
+            return [np.zeros_like(self.numpy(leaf)) for leaf in leaves]
+        grads = self.torch.autograd.grad(out, leaves, allow_unused=True, materialize_grads=True)
+        return [self.numpy(g) for g in grads]
+
+
+class Mlx(Interpreter):
+    """float32 on the default device."""
+
+    name = "mlx"
+    differentiates = True
+
+    def __init__(self) -> None:
+        import mlx.core as mx
+
+        from upo_mlx.ops import ops
+
+        self.mx, self.ops = mx, ops
+
+    def floats(self, x: Any) -> Any:
+        return self.mx.array(np.asarray(x, np.float32))
+
+    def indices(self, x: Any) -> Any:
+        return self.mx.array(np.asarray(x, np.int32))
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return np.array(x)
+
+    def gradient(self, function: Callable[..., Any], inputs: Sequence[Any]) -> list[np.ndarray]:
+        leaves = [self.floats(x) for x in inputs]
+        grads = self.mx.grad(lambda xs: function(*xs))(leaves)
+        return [self.numpy(g) for g in grads]
+
+
+def interpreter(name: str) -> Interpreter:
+    """The interpreter, or a skip where its framework is not installed (see --require)."""
+    if name != "numpy" and not installed(name):
+        pytest.skip(f'{name} is not installed: pip install "upo[{name}]"')
+    return {"numpy": Interpreter, "torch": Torch, "mlx": Mlx}[name]()
+
+
+def close(interpreter: Interpreter, what: str, found: Any, expected: Any) -> None:
+    """Assert equal shapes, and numbers within the interpreter's tolerance; inf and nan must be equal."""
+    assert np.shape(found) == np.shape(expected), (what, np.shape(found), np.shape(expected))
+    relative, absolute = TOLERANCE[interpreter.name][what]
+    np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected, np.float64), rtol=relative, atol=absolute, err_msg=what)

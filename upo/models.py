@@ -1,0 +1,285 @@
+"""Model folders: found, checked and described, without a framework.
+
+Both backends and the tokenizer load a model through here, so that one place decides what is safe to open and what its configuration means.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from upo.errors import ModelError
+from upo.tensors import read_header
+
+# Configuration, tokenizer and safetensors weights: neither code nor pickles, and no second copy of the weights in another layout.
+DOWNLOAD = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+SKIP = ["consolidated*", "original/*", "metal/*", "onnx/*", "openvino/*"]
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts")
+_VOLATILE = {
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "torch_dtype",
+    "dtype",
+}  # of a config: say nothing about the weights
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The folder of a model: `model` if it is one, else the hub's copy of that id, downloaded if need be; checked by `check_folder`.
+
+    Raises ModelError if there is no such folder or hub model, the hub cannot be reached or refuses, or the folder is refused.
+    """
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
+        check_folder(folder)
+        return folder
+    if folder.is_file():
+        raise ModelError(f"model: {model} is a file. Give the folder that holds config.json and the .safetensors files.")
+    if model.startswith(("/", "./", "../", "~", ".\\")) or model.count("/") > 1 or not model:
+        raise ModelError(
+            f"model: no such folder: {model!r}. Give an existing folder, or a hub id like HuggingFaceTB/SmolLM2-135M-Instruct."
+        )
+    folder = _download(model, revision)
+    check_folder(folder)
+    return folder
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    elsewhere = "or give the folder of a model that is already on this machine"
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOAD, ignore_patterns=SKIP))
+    except errors.GatedRepoError:
+        remedy = f"accept its terms at https://huggingface.co/{model} and log in with `hf auth login`"
+        raise ModelError(f"model: {model} is gated on the hub: {remedy}, {elsewhere}.") from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(
+            f"revision: {model} has no revision {revision} on the hub. Its branches and commits are at https://huggingface.co/{model}/commits."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(
+            f"model: {model} is neither a folder here nor a public model on the hub. Check the spelling, log in with "
+            f"`hf auth login` if it is private, {elsewhere}."
+        ) from None
+    except errors.HFValidationError:
+        raise ModelError(f"model: {model} is neither a folder here nor a valid hub id (owner/name).") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+        raise ModelError(
+            f"model: {model} is not a folder here, not in the hub's cache, and the hub cannot be reached. Connect to the network "
+            f"(or unset HF_HUB_OFFLINE), {elsewhere}."
+        ) from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        cause = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model: {model} could not be downloaded ({cause}). Try again, {elsewhere}.") from None
+
+
+def check_folder(folder: Path | str) -> None:
+    """Refuse, with ModelError, a folder that is no model, asks for code of its own, has no safe weights, or points out of itself."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    for name in ("config.json", "tokenizer_config.json"):
+        content = config if name == "config.json" else read_json(folder / name) if (folder / name).exists() else {}
+        for key in ("auto_map", "model_file"):
+            if content.get(key):
+                raise ModelError(
+                    f"{folder / name}: asks for code of its own (`{key}`), which upo never runs. Use a model that needs none; if transformers "
+                    f"knows model_type {config.get('model_type')!r} without it, remove `{key}` in a copy of the folder."
+                )
+    inside = _allowed_roots(folder)
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not _within(path, inside):
+            raise ModelError(f"{path}: is a link that leads out of the model's folder. Put the file itself there.")
+    weight_files(folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping; ModelError names the file if it is missing, broken or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path}: missing. A model folder holds config.json, tokenizer files and .safetensors weights."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: must hold a JSON mapping.")
+    return content
+
+
+def weight_files(folder: Path | str) -> list[Path]:
+    """The safetensors files of a model, in the order of their names: those of the index, or all in the folder where it has no index."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+            found = (
+                f" has only pickle weights ({pickles[0]}), which can run code when opened,"
+                if pickles
+                else " has no .safetensors weights"
+            )
+            raise ModelError(
+                f"{folder}:{found} and upo reads safetensors only. Use a revision with .safetensors, or convert the model with transformers."
+            )
+        return files
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index}: has no usable `weight_map`.")
+    inside = _allowed_roots(folder)
+    files = []
+    for name in sorted(set(weight_map.values())):
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{index}: `weight_map` names {name!r}, which is not a .safetensors file inside the folder. Refused."
+            )
+        if not path.exists():
+            raise ModelError(
+                f"{path}: missing, though model.safetensors.index.json names it. The download is incomplete: fetch the model again."
+            )
+        if not _within(path, inside):
+            raise ModelError(f"{path}: leads out of the model's folder. Refused.")
+        files.append(path)
+    return files
+
+
+def _allowed_roots(folder: Path) -> list[Path]:
+    """The folder itself; for a snapshot in the hub's cache also the blobs of its repository and those shared by the cache."""
+    real = folder.resolve()
+    repository = real.parent.parent
+    if real.parent.name == "snapshots" and repository.name.startswith("models--"):
+        return [real, repository / "blobs", repository.parent / "blobs"]
+    return [real]
+
+
+def _within(path: Path, roots: list[Path]) -> bool:
+    real = path.resolve()
+    return any(real.is_relative_to(root) for root in roots)
+
+
+def model_config(folder: Path | str) -> tuple[dict[str, Any], list[str]]:
+    """config.json, repaired (`repair_config`), and what was repaired, one sentence each."""
+    return repair_config(read_json(Path(folder) / "config.json"))
+
+
+def repair_config(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A copy in which both spellings of the rotary embedding and of the number of experts are present and agree, and notes on changes.
+
+    transformers >= 5 writes `rope_parameters: {rope_theta, rope_type, ...}`; mlx-lm (0.32) reads `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor` from the top level and otherwise takes its own default, silently. Where the spellings disagree, the value that
+    transformers would use wins. A nested `text_config` is repaired too.
+    """
+    config = copy.deepcopy(config)
+    notes: list[str] = []
+    _repair_rope(config, notes)
+    known = [key for key in _EXPERT_KEYS if config.get(key) is not None]
+    if len(known) == 1:
+        other = next(key for key in _EXPERT_KEYS if key != known[0])
+        config[other] = config[known[0]]
+        notes.append(f"config.json: {other} = {config[other]}, copied from {known[0]}.")
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"], inner = repair_config(config["text_config"])
+        notes += [note.replace("config.json:", "config.json, text_config:", 1) for note in inner]
+    return config, notes
+
+
+def _repair_rope(config: dict[str, Any], notes: list[str]) -> None:
+    rope = config.get("rope_scaling") or config.get("rope_parameters")  # in transformers' order
+    if isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values()):
+        # One set per kind of layer; the top level describes the full-attention layers, and Gemma 3 names the others' base apart.
+        local = rope.get("sliding_attention")
+        if isinstance(local, dict) and "rope_theta" in local:
+            _set(config, "rope_local_base_freq", local["rope_theta"], notes)
+        rope = rope.get("full_attention")
+    elif config.get("rope_theta") is not None or isinstance(rope, dict):
+        old = config.get("rope_parameters") if isinstance(config.get("rope_parameters"), dict) else None
+        rope = dict(rope or {})
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if config.get(key) is not None:
+                rope.setdefault(key, config[key])
+        kind = rope.pop("type", "default")  # the older name of rope_type
+        rope.setdefault("rope_type", kind)
+        config["rope_parameters"] = rope
+        if old is not None and old.get("rope_theta") not in (None, rope.get("rope_theta")):
+            notes.append(
+                f"config.json: rope_parameters.rope_theta {old['rope_theta']} gave way to {rope.get('rope_theta')} of rope_scaling, "
+                "as in transformers."
+            )
+    if not isinstance(rope, dict):
+        return
+    names = (
+        {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"} if config.get("model_type") == "gpt_neox" else {}
+    )
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if rope.get(key) is not None:
+            _set(config, names.get(key, key), rope[key], notes)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = {
+        key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor") and value is not None
+    }
+    if kind != "default" or set(scaling) - {"rope_type", "type"}:  # mlx-lm's models look for either name
+        _set(config, "rope_scaling", {**scaling, "rope_type": kind, "type": kind}, notes)
+
+
+def _set(config: dict[str, Any], key: str, value: Any, notes: list[str]) -> None:
+    old = config.get(key)
+    config[key] = value
+    if old is None:
+        notes.append(f"config.json: {key} = {value}, taken from rope_parameters.")
+    elif old != value and not isinstance(value, dict):
+        notes.append(f"config.json: {key} was {old}; rope_parameters say {value}, which is what transformers uses.")
+
+
+def short_rope(config: dict[str, Any], tokens: int) -> tuple[dict[str, Any], list[str]]:
+    """For mlx-lm, which always applies the long factors of `longrope` (Phi-3): a copy that is right for sequences of up to `tokens`.
+
+    transformers uses the short factors up to `original_max_position_embeddings` tokens. Longer sequences keep the long ones, which mlx-lm
+    then also applies to short sequences; the note says so.
+    """
+    scaling = config.get("rope_scaling")
+    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) not in ("longrope", "su"):
+        return config, []
+    limit = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+    if limit is None or "short_factor" not in scaling:
+        return config, []
+    if tokens > limit:
+        return config, [
+            f"config.json: sequences up to {limit} tokens get the long rotary factors on MLX, not the short ones as in transformers."
+        ]
+    return {**config, "rope_scaling": {**scaling, "long_factor": scaling["short_factor"]}}, []
+
+
+def is_quantized_mlx(config: dict[str, Any]) -> bool:
+    """Whether the weights are in MLX's own group quantisation, which only the MLX backend can read."""
+    return isinstance(config.get("quantization"), dict) and "group_size" in config["quantization"]
+
+
+def weights_hash(folder: Path | str) -> str:
+    """16 hex digits that identify the base weights and their architecture, without reading huge files whole.
+
+    SHA-256 over each file's name, size, header and three 4 KiB samples (start, middle, end) of every tensor, and over the repaired config
+    without its volatile keys. Samples come from every tensor because a fine-tuned copy may differ in its inner layers only.
+    """
+    config, _ = model_config(folder)
+    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
+    block = 4096
+    for path in weight_files(folder):
+        header = read_header(path)
+        digest.update(
+            f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode() + hashlib.sha256(header.raw).digest()
+        )
+        with path.open("rb") as file:
+            for entry in sorted(header.entries.values(), key=lambda e: e.begin):
+                size = entry.end - entry.begin
+                starts = (0, (size - block) // 2, size - block) if size > 3 * block else range(0, size, block)
+                for start in starts:
+                    file.seek(entry.begin + start)
+                    digest.update(file.read(min(block, size - start)))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,49 @@
+"""Rewards that are in the data already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from upo.errors import ConfigError, DataError, did_you_mean
+from upo.rewards.base import Answer, Scorer
+from upo.train.reporter import Reporter
+
+
+@dataclass(frozen=True)
+class Column(Scorer):
+    """A numeric column of the data, taken as it is: `{scorer: column, column: toxicity}`.
+
+    Pairs have it as toxicity_chosen and toxicity_rejected, groups as a list, unpaired rows as a number.
+    """
+
+    column: str = ""
+
+    name: ClassVar[str] = "column"
+    version: ClassVar[str] = "1"
+    range: ClassVar[tuple[float, float] | None] = None
+    card: ClassVar[str] = "A number that stands in the data (a human rating, another tool's score)."
+
+    def __post_init__(self) -> None:
+        if not self.column:
+            raise ConfigError("column: name the column, e.g. {scorer: column, column: toxicity}.")
+
+    @property
+    def label(self) -> str:
+        return self.column
+
+    def score(self, answers: Sequence[Answer], reporter: Reporter | None = None) -> list[float]:
+        values = []
+        for answer in answers:
+            value = answer.columns.get(self.column)
+            if value is None:
+                near = did_you_mean(self.column, answer.columns) if answer.columns else " The row has no numeric columns."
+                raise DataError(
+                    f'{answer.origin}: no number in column "{self.column}" (a pair needs one for chosen and one for rejected).{near}'
+                )
+            if not math.isfinite(value):
+                raise DataError(f'{answer.origin}: column "{self.column}" holds {value}. Every completion needs a finite reward.')
+            values.append(float(value))
+        return values

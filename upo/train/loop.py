@@ -1,0 +1,166 @@
+"""The training loop: order, learning rate, evaluation, logging and checkpoints. It knows no framework."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upo.backend import Learner
+from upo.config import RunConfig
+from upo.data.batch import Batch, collate
+from upo.errors import NonFiniteError
+from upo.train.checks import check_start
+from upo.train.interrupt import Interrupt
+from upo.train.metrics import evaluate, step_metrics
+from upo.train.prepare import Prepared
+from upo.train.reporter import Reporter
+from upo.train.run import Run
+from upo.train.schedule import lr_at
+
+HEAVY = 10.0  # a mean actor weight above this means that a few completions decide the step
+
+
+def train(config: RunConfig, out: Path | str, *, resume: bool = False, allow_code: bool = False, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Train as configured into the folder `out`, or go on with the run that is there. Returns what summary.json holds.
+
+    Raises an UpoError for bad input, before the model is loaded where that can be known; KeyboardInterrupt after Ctrl-C, with the state
+    saved and the command to go on reported.
+    """
+    from upo.train.session import Session  # it imports this module for the loop
+
+    return Session(config, Path(out), resume=resume, allow_code=allow_code, reporter=reporter).run()
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0  # optimizer steps done
+    reference_s: float = 0.0  # spent on the reference pass
+    train_s: float = 0.0  # spent on optimizer steps, without evaluations and checkpoints
+    earlier_s: float = 0.0  # spent on everything, before `began`
+    began: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> dict[str, float]:
+        """Time spent so far, over all sessions of the run."""
+        return {"reference": self.reference_s, "train": self.train_s, "total": self.earlier_s + time.perf_counter() - self.began}
+
+
+class Loop:
+    """Steps through a prepared run. Only rank 0 writes to `run`.
+
+    `same_start`: the policy starts as its reference, so step 1 checks that both are computed alike.
+    """
+
+    def __init__(self, prepared: Prepared, learner: Learner, run: Run, reporter: Reporter, same_start: bool = False) -> None:
+        self.prepared, self.learner, self.run, self.reporter, self.same_start = prepared, learner, run, reporter, same_start
+        self.config, self.objective, self.total = prepared.config, prepared.objective, prepared.total
+        self.evaluation = collate(prepared.eval) if prepared.eval else None
+        self.writes = learner.comm.rank == 0
+        self._heavy = False
+
+    def go(self, progress: Progress, evaluations: list[dict[str, Any]]) -> None:
+        """Train to the end. `evaluations` are the evaluation lines that metrics.jsonl holds already; new ones are added to it."""
+        self.reporter.start("train", self.total - progress.step, "steps")
+        try:
+            with Interrupt(self.reporter) as interrupt:
+                for step in range(progress.step, self.total):
+                    self._evaluate(step, evaluations)
+                    self._step(step, progress)
+                    stop = interrupt.agreed(self.learner.comm)
+                    if stop or self._save_due(progress.step):
+                        self._save(progress)
+                    if stop and progress.step < self.total:
+                        raise KeyboardInterrupt
+            self._evaluate(self.total, evaluations)
+        except NonFiniteError as error:
+            raise NonFiniteError(self._rescue(error, progress)) from None
+        except KeyboardInterrupt:
+            self._say_stopped(progress)
+            raise
+
+    def _step(self, step: int, progress: Progress) -> None:
+        examples = self.prepared.rows_of(step)
+        batch = collate(examples, step)
+        lr = lr_at(self.config.optimizer, step, self.total)
+        began = time.perf_counter()
+        outcome = self.learner.step(batch, lr)
+        seconds = time.perf_counter() - began
+        if step == 0 and self.same_start and batch.ref_logp is not None:
+            check_start(float(np.max(np.abs(outcome.logp - batch.ref_logp))), self.learner.info.dtype, self.reporter)
+        progress.step = step + 1
+        progress.train_s += seconds
+        record = {
+            "step": step + 1,
+            "epoch": self.prepared.rows_before(step + 1) / len(self.prepared.train),
+            **step_metrics(self.objective, batch, outcome),
+            "lr": lr,
+            "grad_norm": float(outcome.grad_norm),
+            **({"value_grad_norm": float(outcome.value_grad_norm)} if self.objective.auxiliary else {}),
+            **self._speed(batch, seconds),
+        }
+        self._log(record)
+        self.reporter.advance(1)
+        self._warn_heavy(record)
+
+    def _evaluate(self, step: int, evaluations: list[dict[str, Any]]) -> None:
+        every = self.config.train.eval_every
+        due = step in (0, self.total) or (every > 0 and step % every == 0)
+        if self.evaluation is None or not due or any(line["step"] == step for line in evaluations):
+            return
+        began = time.perf_counter()
+        limit = self.config.train.micro_batch_tokens * self.learner.comm.size
+        found = evaluate(self.learner, self.objective, self.evaluation, step, limit)
+        record = {"step": step, "eval": True, **found, **self._speed(self.evaluation, time.perf_counter() - began)}
+        evaluations.append(record)
+        self._log(record)
+
+    def _speed(self, batch: Batch, seconds: float) -> dict[str, float]:
+        tokens = batch.count["token"] + sum(map(len, batch.forest.prompts))
+        pace = max(seconds, 1e-9)
+        return {
+            "rows_per_s": len(batch.origins) / pace,
+            "tokens_per_s": tokens / pace,
+            "peak_memory_gb": float(self.learner.peak_memory_gb()),
+            "seconds": seconds,
+        }
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.writes:
+            self.run.append(record)
+        self.reporter.metrics(record)
+
+    def _warn_heavy(self, record: dict[str, Any]) -> None:
+        if not self._heavy and record.get("weight/mean", 0.0) > HEAVY:
+            self._heavy = True
+            self.reporter.warn(
+                f"Step {record['step']}: the actor's weights average {record['weight/mean']:.1f} (above {HEAVY:g}): a few completions decide the step. "
+                "Lower objective.auxiliary.temperature, or raise objective.auxiliary.expectile or objective.auxiliary.value.fit_steps."
+            )
+
+    def _save_due(self, step: int) -> bool:
+        every = self.config.train.save_every
+        return step == self.total or (every > 0 and step % every == 0)
+
+    def _save(self, progress: Progress, prune: bool = True) -> None:
+        if self.writes:
+            keep = self.config.train.keep_checkpoints if prune else None
+            self.run.save(progress.step, self.learner.state(), self.learner.adapter_config(), progress.seconds(), keep)
+
+    def _rescue(self, error: NonFiniteError, progress: Progress) -> str:
+        """Save the state before the bad step, beside the regular checkpoints, and say what can be done."""
+        self._save(progress, prune=False)
+        folder = self.run.checkpoint_folder(progress.step)
+        return f"{error} The state after step {progress.step} is saved in {folder}: a new run goes on from it, or from an earlier one, by adapter.start."
+
+    def _say_stopped(self, progress: Progress) -> None:
+        saved = self.run.last_step()
+        where = "no checkpoint was written yet" if saved is None else f"the state after step {saved} is saved"
+        self.reporter.warn(
+            f"Stopped after step {progress.step} of {self.total}; {where}. Go on with: upo train --resume --out {self.run.path}"
+        )
+

@@ -1,0 +1,132 @@
+"""The numbers of a run: one table of names, computed once for both backends from a step's scores.
+
+Everything is evaluated in float64 on the vectors of the whole step (or the whole evaluation split), so a metric does not depend on the
+backend's arithmetic after the log-probs, nor on micro-batches, batch size of the evaluation, or the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from upo.backend import Learner, Outcome
+from upo.data.batch import Batch, micro_batches
+from upo.errors import NonFiniteError
+from upo.losses import Objective, Scores
+from upo.numpy_ops import ops
+
+NAMES: dict[str, str] = {
+    "step": "optimizer steps done; a training line belongs to the last of them and shows the scores before its update",
+    "eval": "true on a line about the evaluation split; absent on training lines",
+    "epoch": "passes over the training rows done so far",
+    "loss": "the objective: preference + gamma * auxiliary + value_coef * value",
+    "loss/preference": "weighted sum of the preference losses",
+    "loss/auxiliary": "advantage-weighted likelihood, before gamma; 0 during the actor warm-up",
+    "loss/value": "expectile regression of the value head, before value_coef",
+    "accuracy": "share of pairs whose chosen completion has the higher implicit reward (first preference loss); a tie counts one half",
+    "margin": "mean implicit reward of chosen minus rejected completions (first preference loss)",
+    "kl": "mean log-ratio of policy to reference over the completions at hand, in nats per completion; on data, not on samples, so it may be negative",
+    "logp/chosen": "mean summed log-prob of chosen or desirable completions",
+    "logp/rejected": "mean summed log-prob of rejected or undesirable completions",
+    "reward/mean": "mean total auxiliary reward of the completions",
+    "value/mean": "mean V(x) over the completions",
+    "weight/mean": "mean of the actor's weights exp(temperature * (R - V))",
+    "weight/p95": "95th percentile of the actor's weights",
+    "weight/max": "largest of the actor's weights",
+    "weight/ess": "effective sample size of the actor's weights as a share of the completions: (sum w)^2 / (n sum w^2)",
+    "lr": "learning rate of the adapter",
+    "grad_norm": "gradient norm of the adapter before clipping",
+    "value_grad_norm": "gradient norm of the value head before clipping",
+    "rows_per_s": "rows per second of this step or evaluation",
+    "tokens_per_s": "tokens per second, each row's prompt counted once",
+    "peak_memory_gb": "largest memory in use so far",
+    "seconds": "wall time of this step or evaluation",
+}
+
+
+def scores_of(batch: Batch, outcome: Outcome) -> Scores:
+    """The float64 scores of a whole step. Partners' log-ratios are taken where policy and reference both scored them."""
+    partners = None
+    if outcome.partner_logp is not None and batch.partner_ref_logp is not None:
+        partners = outcome.partner_logp.astype(np.float64) - batch.partner_ref_logp.astype(np.float64)
+    scores = batch.scores(outcome.logp, outcome.value, partners)
+    return scores.map(lambda a: np.asarray(a, np.float64), lambda a: a)
+
+
+def step_metrics(objective: Objective, batch: Batch, outcome: Outcome) -> dict[str, float]:
+    """What the scores of a step say: losses, accuracy, margin, kl, log-probs, rewards and weights. Only what applies is present."""
+    scores = scores_of(batch, outcome)
+    record = {name: float(value) for name, value in objective(ops, scores).items()}
+    if objective.preference and len(scores.chosen):
+        worth = objective.preference[0][0].implicit_reward(scores)
+        margin = worth[scores.chosen] - worth[scores.rejected]
+        record["accuracy"] = float(np.mean((margin > 0) + 0.5 * (margin == 0)))
+        record["margin"] = float(np.mean(margin))
+    if scores.ref_logp is not None:
+        record["kl"] = float(np.mean(scores.logratio()))
+    for name, side in (("logp/chosen", scores.label > 0), ("logp/rejected", scores.label < 0)):
+        if side.any():
+            record[name] = float(np.mean(scores.logp[side]))
+    if scores.reward is not None:
+        record["reward/mean"] = float(np.mean(scores.reward))
+    if scores.value is not None:
+        record["value/mean"] = float(np.mean(scores.value))
+    if objective.auxiliary is not None:
+        record.update(_weights(objective.auxiliary.weight(ops, scores)))
+    return record
+
+
+@np.errstate(all="ignore")  # an untrained V may make weights infinite while the actor is off
+def _weights(weight: np.ndarray) -> dict[str, float]:
+    largest = float(np.max(weight))
+    relative = weight / largest if largest > 0 else np.ones_like(weight)  # squares of large weights would overflow
+    return {
+        "weight/mean": float(np.mean(weight)),
+        "weight/p95": float(np.quantile(weight, 0.95)),
+        "weight/max": largest,
+        "weight/ess": float(np.sum(relative) ** 2 / (len(weight) * np.sum(relative**2))),
+    }
+
+
+def evaluate(learner: Learner, objective: Objective, batch: Batch, step: int, limit: int) -> dict[str, float]:
+    """Metrics of an evaluation split given as one batch, scored in parts of `limit` padded tokens and put together again.
+
+    Raises NonFiniteError naming the rows whose score is not finite.
+    """
+    logp = np.zeros(len(batch.label), np.float32)
+    partner = None if batch.partners is None else np.zeros(len(batch.label), np.float32)
+    value: np.ndarray | None = None
+    for rows in micro_batches(batch, limit):
+        part, kept = batch.select(rows)
+        outcome = learner.score(part)
+        logp[kept] = outcome.logp
+        if partner is not None and outcome.partner_logp is not None:
+            partner[kept] = outcome.partner_logp
+        if outcome.value is not None:
+            value = np.zeros(len(batch.origins), np.float32) if value is None else value
+            value[rows] = outcome.value
+    bad = bad_rows(batch, logp if partner is None else logp + partner)
+    if bad:
+        raise NonFiniteError(f"step {step}: the evaluation has log-probs that are not finite, in {name_rows(bad)}. Lower optimizer.lr, or look at these rows.")
+    return step_metrics(objective, replace(batch, step=step), Outcome(logp, value, partner))
+
+
+def bad_rows(batch: Batch, logp: np.ndarray) -> list[str]:
+    """Origins of the rows with a log-prob [N] that is not finite."""
+    return sorted({batch.origins[int(batch.forest.owner[i])] for i in np.flatnonzero(~np.isfinite(logp))})
+
+
+def name_rows(origins: Sequence[str], most: int = 5) -> str:
+    """The first few origins, and how many more there are."""
+    more = f" and {len(origins) - most} more" if len(origins) > most else ""
+    return ", ".join(origins[:most]) + more
+
+
+def plain(record: Mapping[str, float | int | bool]) -> dict[str, float | int | bool | None]:
+    """The record for JSON, in the table's order: a number that is not finite becomes null. Raises KeyError for a name not in the table."""
+    order = {name: i for i, name in enumerate(NAMES)}
+    known = sorted(record, key=lambda name: order[name])
+    return {name: None if isinstance(record[name], float) and not math.isfinite(record[name]) else record[name] for name in known}

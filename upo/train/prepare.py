@@ -1,0 +1,76 @@
+"""From a configuration to rows that can be trained on: everything that needs no model, cheapest checks first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upo.config import RunConfig
+from upo.data.batch import Example
+from upo.data.load import load_data
+from upo.data.order import step_rows, steps_per_epoch, total_steps
+from upo.data.partners import assign_partners
+from upo.data.tokenizer import Tokenizer, load_tokenizer
+from upo.losses import Objective
+from upo.models import check_folder, resolve
+from upo.rewards import score_examples, validate_rewards
+from upo.train.checks import check_length, check_rows
+from upo.train.reference import check_reference
+from upo.train.reporter import Reporter
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its model: the objective, and the rows it asks for with partners and rewards."""
+
+    config: RunConfig
+    objective: Objective
+    folder: Path | None  # of the model; None where the rows were given
+    tokenizer: Tokenizer | None
+    data: Any
+    train: list[Example]
+    eval: list[Example]
+    total: int  # optimizer steps
+
+    def rows_of(self, step: int) -> list[Example]:
+        """The training rows of an optimizer step."""
+        train = self.config.train
+        return [self.train[i] for i in step_rows(len(self.train), train.batch_size, train.seed, step)]
+
+    def rows_before(self, step: int) -> int:
+        """Training rows in the steps before this one."""
+        n, size = len(self.train), self.config.train.batch_size
+        epoch, index = divmod(step, steps_per_epoch(n, size))
+        return epoch * n + min(index * size, n)
+
+
+def prepare(config: RunConfig, *, allow_code: bool, reporter: Reporter, data: Any = None, score: bool = True) -> Prepared:
+    """Check the configuration, read the data, and give the rows what the objective needs, in this order: rewards known, model folder,
+    tokenizer, rows, their fit to the objective, length of the run, partners, rewards scored (unless `score` is False).
+
+    `data` stands for reading files, and then no model folder is looked at. Raises an UpoError.
+    """
+    objective = config.objective.build()
+    auxiliary = config.objective.auxiliary
+    if auxiliary is not None:
+        validate_rewards(auxiliary.rewards, allow_code=allow_code)
+    check_reference(config)
+    folder = tokenizer = None
+    if data is None:
+        folder = resolve(config.model, config.revision)
+        check_folder(folder)
+        tokenizer = load_tokenizer(folder)
+        data = load_data(config, tokenizer, reporter)
+    splits = {"data.train": list(data.train), "data.eval": list(data.eval)}
+    for name, examples in splits.items():
+        if examples:
+            check_rows(objective, examples, name)
+    total = total_steps(config.train, len(splits["data.train"]))
+    check_length(config, objective, total, reporter)
+    for name, examples in splits.items():
+        if examples and "partners" in objective.needs:
+            splits[name] = assign_partners(examples, config.train.seed, config.train.max_length)
+        if examples and auxiliary is not None and score:
+            splits[name] = score_examples(splits[name], auxiliary.rewards, allow_code=allow_code, reporter=reporter)
+    return Prepared(config, objective, folder, tokenizer, data, splits["data.train"], splits["data.eval"], total)

@@ -1,0 +1,289 @@
+"""A frozen mlx-lm model with LoRA layers of our own: loading, targets, hidden states, head, recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx.utils import tree_map, tree_map_with_path
+
+from upo.adapters import Adapter, lora_name
+from upo.errors import ModelError
+from upo.models import model_config
+from upo_mlx.device import mx, nn
+from upo_mlx.state import import_arrays
+
+Array = mx.array
+
+
+class LoRALinear(nn.Module):
+    """y = W x + scale * B (A x), with mlx-lm's attribute names. Without matrices it is the plain layer.
+
+    The float32 masters are cast to the dtype of x for the products; mlx-lm's own layer computes in float32, at 1.4 times the memory.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        self.lora_a: Array | None = None  # [in, r]
+        self.lora_b: Array | None = None  # [r, out]
+        self.scale = 0.0
+
+    def __call__(self, x: Array) -> Array:
+        y = self.linear(x)
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        return y + self.scale * ((x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype))
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """(in, out) of the wrapped layer, quantised or not."""
+        out, columns = self.linear.weight.shape
+        return (columns * 32 // self.linear.bits if "scales" in self.linear else columns), out
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Arrays of an adapter by PEFT parameter name, in MLX's orientation ([in, r], [r, out]), and its scale. Empty: the base."""
+
+    arrays: Mapping[str, Array]
+    scale: float
+
+
+BASE = LoRA({}, 0.0)
+
+
+class Model:
+    """The network: `net` as mlx-lm built it, `inner` its decoder (ids -> hidden states after the final norm), `loras` by module path.
+
+    Adapter weights are never kept in the layers: `using` lends them for a while, so one network serves policy and reference, and a
+    gradient is taken with respect to arrays that are arguments.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.loras: dict[str, LoRALinear] = {}
+        layers = list(net.layers)
+        paths = {id(module): path for path, module in net.named_modules()}
+        self.layer_paths = [paths.get(id(layer), "") for layer in layers]
+        stem = self.layer_paths[0].rpartition(".")[0]
+        self._inner_path, _, self._list_name = stem.rpartition(".")
+        if not self._inner_path or self.layer_paths != [f"{stem}.{i}" for i in range(len(layers))]:
+            raise ModelError(f"model: the decoder of {net.__class__.__module__} has a structure that the MLX backend does not know. Use --backend torch.")
+        parent, _, self._inner_name = self._inner_path.rpartition(".")
+        self._parent = _at_path(net, parent)
+        self.inner: nn.Module = self._parent[self._inner_name]
+
+    def linears(self) -> dict[str, nn.Module]:
+        """Every linear layer of the decoder layers, by path."""
+        layers = zip(self.layer_paths, list(self.net.layers), strict=True)
+        found = {f"{path}.{name}": m for path, layer in layers for name, m in layer.named_modules() if isinstance(m, (nn.Linear, nn.QuantizedLinear))}
+        return {path.removesuffix(".linear") if path.removesuffix(".linear") in self.loras else path: found[path] for path in sorted(found)}
+
+    def add_loras(self, paths: Sequence[str]) -> None:
+        """Wrap the linear layers at these paths, where they are not wrapped yet."""
+        linears = self.linears()
+        for path in paths:
+            if path not in self.loras:
+                parent, _, name = path.rpartition(".")
+                layer = LoRALinear(linears[path])
+                layer.freeze()
+                _put(_at_path(self.net, parent), name, layer)
+                self.loras[path] = layer
+
+    @contextmanager
+    def using(self, adapter: LoRA) -> Iterator[None]:
+        """Compute with this adapter inside the block; the layers it does not name are plain."""
+        before = [(layer, layer.lora_a, layer.lora_b, layer.scale) for layer in self.loras.values()]
+        try:
+            for path, layer in self.loras.items():
+                _lend(layer, adapter.arrays.get(lora_name(path, "A")), adapter.arrays.get(lora_name(path, "B")), adapter.scale)
+            yield
+        finally:
+            for state in before:
+                _lend(*state)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Gradient checkpointing inside the block: each decoder layer keeps its input and is run again in the backward pass."""
+        layers = self.inner[self._list_name]
+        owned = [[lora for path, lora in self.loras.items() if path.startswith(f"{layer}.")] for layer in self.layer_paths]
+        try:
+            self.inner[self._list_name] = [_Recomputed(layer, loras) for layer, loras in zip(layers, owned, strict=True)]
+            yield
+        finally:
+            self.inner[self._list_name] = layers
+
+    def hidden(self, ids: Array, cache: Any = None) -> Array:
+        """[B, T, H] after the final norm, for token ids [B, T] under a causal mask."""
+        return self.inner(ids, cache=cache)
+
+    def head(self, hidden: Array) -> Array:
+        """float32 logits [m, V] of hidden states [m, H]: the family's own head, with its soft cap or scale, tied or not, quantised or not."""
+        given = _Given(self.inner)
+        try:
+            self._parent[self._inner_name] = given
+            return self.net(hidden[None])[0].astype(mx.float32)
+        finally:
+            self._parent[self._inner_name] = self.inner
+
+    def check(self) -> None:
+        """Raise ModelError unless decoder and head put together give the network's own logits on a short sequence."""
+        ids = mx.arange(2, 9)[None]
+        try:
+            own = self.net(ids)[0].astype(mx.float32)
+            ours = self.head(self.hidden(ids)[0])
+            difference, size = float(mx.abs(own - ours).max().item()), float(mx.abs(own).max().item())
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            raise ModelError(f"model: {self.net.__class__.__module__} cannot be split into decoder and head ({error}). Use --backend torch.") from None
+        if not difference <= 1e-3 * max(size, 1.0):
+            raise ModelError(
+                f"model: self-check failed: the logits of {self.net.__class__.__module__} differ by {difference:.2g} from those of its decoder "
+                f"and head put together (largest logit {size:.2g}). Use --backend torch."
+            )
+
+
+class _Given:
+    """Stands for the decoder while the head is computed: returns the hidden states it is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, hidden: Array, *args: Any, **kwargs: Any) -> Array:
+        return hidden
+
+
+class _Recomputed:
+    """Stands for a decoder layer under gradient checkpointing.
+
+    `mx.checkpoint` gives captured arrays no gradient, so everything that may need one is an argument: the LoRA matrices and every float
+    array the decoder hands to the layer.
+    """
+
+    def __init__(self, layer: nn.Module, loras: Sequence[LoRALinear]) -> None:
+        self._layer, self._loras = layer, loras
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Any:
+        floats: list[Array] = []
+        tree_map(lambda v: floats.append(v) if _is_float(v) else None, (args, kwargs))
+        scales = [lora.scale for lora in self._loras]
+
+        def call(matrices: list[tuple[Array, Array]], x: Array, floats: list[Array]) -> Any:
+            before = [(lora, lora.lora_a, lora.lora_b, lora.scale) for lora in self._loras]
+            given = iter(floats)
+            own_args, own_kwargs = tree_map(lambda v: next(given) if _is_float(v) else v, (args, kwargs))
+            try:
+                for lora, (a, b), scale in zip(self._loras, matrices, scales, strict=True):
+                    _lend(lora, a, b, scale)
+                return self._layer(x, *own_args, **own_kwargs)
+            finally:
+                for state in before:
+                    _lend(*state)
+
+        return mx.checkpoint(call)([(lora.lora_a, lora.lora_b) for lora in self._loras], x, floats)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+
+
+def _lend(layer: LoRALinear, a: Array | None, b: Array | None, scale: float) -> None:
+    layer.lora_a, layer.lora_b, layer.scale = a, b, scale
+
+
+def _at_path(module: Any, path: str) -> Any:
+    for part in path.split(".") if path else []:
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return module
+
+
+def _put(parent: Any, name: str, layer: nn.Module) -> None:
+    parent[int(name) if isinstance(parent, list) else name] = layer
+
+
+def load_base(folder: Path, dtype: Any) -> tuple[nn.Module, list[str]]:
+    """The frozen network of a folder that `upo.models.resolve` has checked, with its rope configuration repaired; and notes.
+
+    Every float array is cast to `dtype`, but for those a family keeps in float32; scales of quantised layers too, as MLX computes in
+    their dtype. Raises ModelError.
+    """
+    from mlx_lm.utils import load_model
+
+    config, notes = model_config(folder)
+    try:
+        net, _ = load_model(folder, model_config=config)
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{folder}: mlx-lm cannot load this model ({reason}). Use --backend torch, or another model.") from None
+    castable = getattr(net, "cast_predicate", lambda path: True)
+    net.update(tree_map_with_path(lambda path, a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) and castable(path) else a, net.parameters()))
+    net.freeze()
+    net.eval()
+    mx.eval(net.parameters())
+    return net, notes
+
+
+def expand_targets(model: Model, targets: str | Sequence[str]) -> list[str]:
+    """Paths of the linear layers to adapt. `all-linear`: every one of the decoder; else names that paths end in.
+
+    Raises ModelError for a name that fits nothing, with what there is.
+    """
+    linears = list(model.linears())
+    if targets == "all-linear":
+        return linears
+    names = [targets] if isinstance(targets, str) else list(targets)
+    fits = {name: [path for path in linears if path == name or path.endswith(f".{name}")] for name in names}
+    if unknown := sorted(name for name, paths in fits.items() if not paths):
+        there = sorted({path.rpartition(".")[2] for path in linears})
+        raise ModelError(f"adapter.targets: no linear layer of this model is called {', '.join(unknown)}. There are: {', '.join(there)}.")
+    return [path for path in linears if any(path in paths for paths in fits.values())]
+
+
+def family_notes(model: Model) -> list[str]:
+    """What a user should know about where the adapter sits."""
+    notes = []
+    if not model.layer_paths[0].startswith("model.layers."):
+        notes.append(f"adapter: decoder layers are called {model.layer_paths[0]} in mlx-lm; other tools may expect other names for this family.")
+    if any(type(m).__name__ in ("SwitchLinear", "QuantizedSwitchLinear") for _, m in model.net.named_modules()):
+        notes.append("adapter: the experts of this mixture-of-experts model carry no adapter; its other linear layers do.")
+    return notes
+
+
+def check_fits(model: Model, adapter: Adapter, key: str) -> None:
+    """Raise ModelError, starting with the config key, unless every array of an adapter has its linear layer, of its shape."""
+    linears = model.linears()
+    if unknown := sorted(set(adapter.targets) - set(linears)):
+        raise ModelError(f"{key}: the adapter has weights for {', '.join(unknown[:3])}, which this model does not have. Was it trained on another model?")
+    for path in adapter.targets:
+        layer = LoRALinear(linears[path])
+        shapes = (adapter.arrays[lora_name(path, "A")].shape[1], adapter.arrays[lora_name(path, "B")].shape[0])
+        if shapes != layer.dims:
+            raise ModelError(f"{key}: the adapter's {path} is for a layer of {shapes} (in, out); this model's is {layer.dims}. Was it trained on another model?")
+
+
+def lora_from(adapter: Adapter) -> LoRA:
+    """An adapter read from disk, for `Model.using`."""
+    return LoRA(import_arrays(adapter.arrays), adapter.scale)
+
+
+def fresh_arrays(model: Model, paths: Sequence[str], rank: int, seed: int) -> dict[str, Array]:
+    """Initial A (seeded by its PEFT name, equal on every backend) and B = 0 for these layers."""
+    from upo import random
+
+    arrays = {}
+    for path in paths:
+        inputs, outputs = model.loras[path].dims
+        name = lora_name(path, "A")
+        arrays[name] = random.lora_a(rank, inputs, seed, name)
+        arrays[lora_name(path, "B")] = np.zeros((outputs, rank), np.float32)
+    return import_arrays(arrays)
