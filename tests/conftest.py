@@ -214,3 +214,12 @@ def smollm2() -> Path:
             pytest.fail(f"UPO_TEST_MODEL={given} holds no config.json")
         pytest.skip(f"no model in {folder}: run `upo quickstart` once, or set UPO_TEST_MODEL to the folder of SmolLM2-135M-Instruct")
     return folder
+
+
+@pytest.fixture(scope="session")
+def harmless_pairs() -> Path:
+    """1,400 real preference pairs kept beside the repository; offensive text, so no part of it."""
+    path = Path(__file__).parents[2] / "shared" / "data" / "hh_harmless.jsonl"
+    if not path.exists():
+        pytest.skip(f"real preference pairs are not at {path}")
+    return path

@@ -89,7 +89,7 @@ def _packages(missing: list[str]) -> dict[str, Any]:
             continue
         version = _version(requirement.name)
         found[requirement.name] = version or "missing"
-        if version is None or not requirement.specifier.contains('999', prereleases=True):
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
             missing.append(f'{requirement.name} {version or "is not installed"}, needed {requirement.specifier}: pip install "{requirement}"')
         elif tested.get(requirement.name.lower(), version) != version:
             found[requirement.name] = f"{version} (tested with {tested[requirement.name.lower()]})"

@@ -10,6 +10,8 @@ import difflib
 import errno
 import importlib
 import os
+import sys
+import warnings
 from typing import Any
 
 import click
@@ -89,6 +91,8 @@ def main() -> None:
     """
     # transformers prints advice about frameworks it did not find; `upo doctor` says that better.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if not sys.warnoptions:  # what a dependency will change one day concerns this program, not the one who runs it
+        warnings.simplefilter("ignore", FutureWarning)
 
 
 if __name__ == "__main__":

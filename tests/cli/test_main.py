@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import click
@@ -111,6 +112,11 @@ def test_a_bug_shows_itself(probe):
         probe(lambda: 1 / 0)
     with pytest.raises(OSError, match="odd"):
         probe(fail(OSError(errno.EINVAL, "odd")))
+
+
+def test_what_a_dependency_announces_is_not_shown(probe, recwarn):
+    probe(lambda: warnings.warn("will change", FutureWarning, stacklevel=1))
+    assert [w for w in recwarn if w.category is FutureWarning] == []
 
 
 def test_interrupted(probe):

@@ -273,8 +273,8 @@ def test_warnings_come_once_and_again_when_they_have_scrolled_away(make, monkeyp
         reporter = RichReporter(console=Console(file=stream, highlight=False))
     reporter.warn("far [1/2] away")
     reporter.warn("far [1/2] away")
-    for number in range(11):
-        reporter.info(f"line {number}")
+    for i in range(11):
+        reporter.info(f"line {i}")
     reporter.warn("near")
     reporter.close()
     lines = stream.getvalue().splitlines()
