@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside the tes
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from interpreters import need_backend  # noqa: E402
 
-from upo.backend import PACKAGES, installed  # noqa: E402
+from upo.backend import PACKAGES  # noqa: E402
 from upo.cache import cache_dir, cache_root  # noqa: E402
 
 USER_CACHE = cache_root()
@@ -66,15 +67,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend in turn; skips the ones that are not installed (see --require)."""
     need_backend(request.param)
     return request.param
-
-
-def need_backend(name: str) -> None:
-    if not installed(name):
-        pytest.skip(f'{name} is not installed: pip install "upo[{name}]"')
-    if name == "torch":
-        import torch
-
-        torch.set_num_threads(1)
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------------------

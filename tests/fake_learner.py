@@ -64,7 +64,7 @@ class FakeLearner:
         self.head = {"4.weight": np.zeros((1, VOCAB), np.float32), "4.bias": np.zeros(1, np.float32)} if self.objective.auxiliary else {}
         self.moments = {f"{name}.exp_avg": np.zeros_like(value) for name, value in self._trained()}
         self.info = ModelInfo("fake", "float32", "cpu", VOCAB * VOCAB, 2 * RANK * VOCAB, ("table",), weights)
-        self.scored_rows = 0  # by this rank, under the reference
+        self.scored = 0  # completions scored by this rank under the reference
         self.steps: list[int] = []
         self.lrs: list[float] = []
         self.before_step: Callable[[int], None] = lambda step: None
@@ -84,7 +84,7 @@ class FakeLearner:
     def logps(self, forest: Forest, *, reference: bool = False) -> np.ndarray:
         table = self._table(reference)
         logp = np.array([table[self._steps_of(forest, i)].sum() for i in range(len(forest.completions))], np.float32)
-        self.scored_rows += len(forest.prompts) if reference else 0
+        self.scored += len(forest.completions) if reference else 0
         return logp + (np.float32(self.reference_offset) if reference else np.float32(0))
 
     def prompt_states(self, forest: Forest) -> np.ndarray:

@@ -54,7 +54,6 @@ class Torch(Interpreter):
 
         from upo_torch.ops import ops
 
-        torch.set_num_threads(1)
         self.torch, self.ops = torch, ops
 
     def floats(self, x: Any) -> Any:
@@ -103,10 +102,20 @@ class Mlx(Interpreter):
         return [self.numpy(g) for g in grads]
 
 
-def interpreter(name: str) -> Interpreter:
-    """The interpreter, or a skip where its framework is not installed (see --require)."""
-    if name != "numpy" and not installed(name):
+def need_backend(name: str) -> None:
+    """Skip the test where this framework is not installed (see --require in conftest.py)."""
+    if not installed(name):
         pytest.skip(f'{name} is not installed: pip install "upo[{name}]"')
+    if name == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def interpreter(name: str) -> Interpreter:
+    """The interpreter, or a skip where its framework is not installed."""
+    if name != "numpy":
+        need_backend(name)
     return {"numpy": Interpreter, "torch": Torch, "mlx": Mlx}[name]()
 
 

@@ -118,7 +118,6 @@ CASES: dict[str, list[Case]] = {
         Case([POINTS, 2 * POINTS], np.where(CONDITION, POINTS, 2 * POINTS), [CONDITION * 1.0, ~CONDITION * 1.0], call=lambda i, op, x, y: op(x > 0, x, y)),
         Case([POINTS], np.where(CONDITION, POINTS, -1.5), [CONDITION * 1.0], call=lambda i, op, x: op(x > 0, x, -1.5)),
         Case([POINTS], np.where(CONDITION, -1.5, POINTS), [~CONDITION * 1.0], call=lambda i, op, x: op(x > 0, -1.5, x)),
-        Case([POINTS], np.where(CONDITION, 0.25, 3.0), [0 * POINTS], call=lambda i, op, x: op(x > 0, 0.25, 3.0)),
         # A steep but finite branch that is not taken leaves nothing behind.
         Case([np.array([60.0, -60.0])], [1.0, np.exp(-60.0)], [[0, np.exp(-60.0)]], call=lambda i, op, x: op(x > 0, 1.0, i.ops.exp(x))),
     ],
@@ -222,7 +221,7 @@ def everything(ops: Ops, x: Any, index: Any) -> Any:
     below = -ops.exp(x) - 0.1
     kept = ops.take(ops.log_sigmoid(x) + ops.sigmoid(x) * ops.log1mexp(below) + ops.log(-below), ops.argsort_stable(ops.stop_gradient(x)))
     parts = ops.segment_sum(kept, index, 3) + ops.segment_logsumexp(kept, index, 3)
-    scanned = ops.reverse_scan(ops.relu(x), ops.where(x > 0, 0.9, 0.5))
+    scanned = ops.reverse_scan(ops.relu(x), ops.where(x > 0, 0.9 + 0 * x, 0.5))
     return ops.logsumexp(parts) + ops.sum(scanned * ops.stop_gradient(x))
 
 

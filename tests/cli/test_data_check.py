@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from upo_cli.main import main
-
-REAL_PAIRS = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless.jsonl"
 
 
 def pair(prompt: str, chosen: str, rejected: str, **more) -> dict:
@@ -181,10 +178,8 @@ def test_row_that_the_template_refuses_is_an_error_of_the_file(check, make_tiny_
     assert "pairs.jsonl:2: " in out and "its chat template refuses turns of user (no p2)" in out
 
 
-def test_real_pairs(tiny_llama):
-    if not REAL_PAIRS.exists():
-        pytest.skip(f"{REAL_PAIRS} is not there")
-    result = CliRunner().invoke(main, ["data", "check", str(REAL_PAIRS), "--json"], catch_exceptions=False)
+def test_real_pairs(harmless_pairs):
+    result = CliRunner().invoke(main, ["data", "check", str(harmless_pairs), "--json"], catch_exceptions=False)
     report = json.loads(result.stdout)
     assert result.exit_code == 0
     assert (report["layout"], report["rows"], report["prompts"], report["errors"]) == ("preference", 1400, 1400, [])

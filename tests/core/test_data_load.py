@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,6 @@ from upo.data.rows import Row
 from upo.data.split import split_by_prompt
 from upo.data.tokenizer import load_tokenizer
 from upo.errors import DataError, ModelError
-
-REAL_PAIRS = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless.jsonl"
 
 
 class Recorder:
@@ -232,6 +229,13 @@ def test_share_leaves_something_on_both_sides(load, share, held):
     assert (len(loaded.eval), len(loaded.train)) == (held, 4 - held)
 
 
+@pytest.mark.parametrize(("share", "held"), [(0.45, 4), (0.6, 8)])
+def test_share_is_met_as_nearly_as_whole_prompts_allow(load, share, held):
+    """Three prompts of four rows each: of 5.4 rows wanted 4 are nearer than 8, of 7.2 it is 8."""
+    loaded, _ = load([pair(f"p{i % 3}", f"c{i}") for i in range(12)], data={"eval": share})
+    assert len(loaded.eval) == held
+
+
 def test_one_prompt_cannot_be_split(load, tmp_path):
     with pytest.raises(DataError) as error:
         load([pair("p", "a"), pair("p", "b")], data={"eval": 0.5})
@@ -262,10 +266,8 @@ def test_hash_follows_tokens_labels_columns_and_split(load):
     assert len({base, *(loaded.hash for loaded, _ in others)}) == 7
 
 
-def test_real_pairs(tokenizer):
-    if not REAL_PAIRS.exists():
-        pytest.skip(f"{REAL_PAIRS} is not there")
-    rows = [json.loads(line) for line in REAL_PAIRS.read_text(encoding="utf-8").splitlines()[:120]]
+def test_real_pairs(tokenizer, harmless_pairs):
+    rows = [json.loads(line) for line in harmless_pairs.read_text(encoding="utf-8").splitlines()[:120]]
     told = Recorder()
     config = load_config({"model": "m", "data": {"train": "-", "eval": 0.1}, "train": {"max_length": 600}})
     loaded = load_data(config, tokenizer, told, train=rows)

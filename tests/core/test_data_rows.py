@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from upo.data.rows import parse_rows
 from upo.data.text import parse_transcript
-
-REAL_PAIRS = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless.jsonl"
 
 
 def user(text: str) -> dict:
@@ -143,10 +140,8 @@ def test_transcripts_that_do_not_pair_up_are_dropped_and_named(rejected):
     assert parsed.notes.dropped == 1
 
 
-def test_real_pairs_survive_the_way_through_transcripts():
-    if not REAL_PAIRS.exists():
-        pytest.skip(f"{REAL_PAIRS} is not there")
-    records = [json.loads(line) for line in REAL_PAIRS.read_text(encoding="utf-8").splitlines()[:300]]
+def test_real_pairs_survive_the_way_through_transcripts(harmless_pairs):
+    records = [json.loads(line) for line in harmless_pairs.read_text(encoding="utf-8").splitlines()[:300]]
     name = {"user": "Human", "assistant": "Assistant"}
 
     def transcript(messages: list[dict]) -> str:
@@ -263,6 +258,7 @@ def test_bad_unpaired_row(record, message):
         ({"scores": [1]}, 'f:2: "scores" is 1 values for 2 completions; give a list with one for each.'),
         ({"scores": 1}, 'f:2: "scores" is a number for 2 completions'),
         ({"scores": [1, "x"]}, 'f:2: "scores[1]" is a string; a finite number is needed.'),
+        ({"scores": [10**400, 1]}, 'f:2: "scores[0]" is a number; a finite number is needed.'),
         ({"scores": [1, float("nan")]}, 'f:2: "scores[1]" is nan; a finite number is needed.'),
         ({"labels": [1, 5]}, 'f:2: "labels[1]" is 5; a label is'),
     ],

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -134,6 +135,11 @@ def test_without_evaluation_rows(tmp_path):
     assert not [r for r in lines(tmp_path / "run") if "eval" in r]
 
 
+def test_by_default_the_evaluation_is_before_and_after(tmp_path):
+    session(configure(), tmp_path / "run", Rows(pairs(14), pairs(5, seed=1))).run()
+    assert [r["step"] for r in lines(tmp_path / "run") if "eval" in r] == [0, 8]
+
+
 def test_every_row_once_per_epoch_and_the_schedule_is_used(tmp_path):
     config = configure(optimizer={"lr": 0.4, "schedule": "linear", "warmup_steps": 2}, train={"batch_size": 4, "epochs": 2})
     learner = FakeLearner(config)
@@ -174,7 +180,7 @@ def refused(error, match, config, tmp_path, rows=None, **options):
     learner = FakeLearner(config)
     with pytest.raises(error, match=match):
         Session(config, tmp_path / "run", learner=learner, data=rows or Rows(pairs(14)), **options)
-    assert learner.scored_rows == 0 and not (tmp_path / "run").exists()
+    assert learner.scored == 0 and not (tmp_path / "run").exists()
 
 
 def test_losses_that_do_not_fit_the_rows(tmp_path):
@@ -393,6 +399,19 @@ def test_ranks_stop_after_the_same_step(tmp_path):
         loop.Interrupt = original  # type: ignore[misc]
     assert [learner.steps for learner in learners] == [[0, 1, 2], [0, 1, 2]]
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_no_rank_writes_before_all_have_looked(tmp_path):
+    """A slow rank still finds no run in the folder. SFT needs no reference, so nothing else makes the fast one wait."""
+    config = configure({"preference": {"loss": "sft"}})
+    learners = [FakeLearner(config, comm) for comm in ThreadComm.make(2)]
+
+    def run(rank: int) -> int:
+        time.sleep(0.2 * rank)
+        return session(config, tmp_path / "run", learner=learners[rank]).run()["steps"]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [8, 8]
 
 
 # --- On with a run ----------------------------------------------------------------------------------------------------------------

@@ -79,6 +79,18 @@ def test_only_what_applies_is_there():
     assert (found["logp/chosen"], found["logp/rejected"]) == (-3.0, -4.0)
 
 
+def test_rounding_is_a_tie():
+    batch = batch_of(ref_logp=[-4, -5, -6, -7])
+    found = step_metrics(configure().objective.build(), batch, Outcome(np.array([-4.0009, -5, -5.998, -7], np.float32)))
+    assert found["accuracy"] == 0.75  # -0.00009 counts one half, 0.0002 counts
+
+
+def test_completions_without_a_label_are_on_neither_side():
+    batch = collate(unpaired(4, labels=(1, 0)))
+    found = step_metrics(configure({"preference": {"loss": "sft"}}).objective.build(), batch, Outcome(np.array([-2, -3, -4, -5], np.float32)))
+    assert found["logp/chosen"] == -3.0 and "logp/rejected" not in found
+
+
 def test_huge_weights_do_not_overflow_the_sample_size():
     batch = batch_of(ref_logp=[0, 0, 0, 0], reward=[60, 60, 0, 0], partner_ref_logp=[0, 0, 0, 0])
     outcome = Outcome(np.full(4, -1, np.float32), np.zeros(2, np.float32), np.zeros(4, np.float32))

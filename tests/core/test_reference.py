@@ -51,7 +51,7 @@ def test_scored_once(rows):
     learner = FakeLearner(CONFIG)
     first = with_reference(CONFIG, learner, "fake", rows, "train", Silent())
     again = with_reference(CONFIG, learner, "fake", rows, "train", Silent())
-    assert (first.cached, again.cached, learner.scored_rows) == (False, True, len(rows))
+    assert (first.cached, again.cached, learner.scored) == (False, True, 4 * len(rows))
     np.testing.assert_array_equal(logps_of(again.examples), logps_of(first.examples))
 
 
@@ -129,8 +129,8 @@ def test_ranks_share_the_work(rows, ranks):
             assert [f.cached for f in found] == [cached] * ranks
             for f in found:
                 np.testing.assert_array_equal(logps_of(f.examples), alone)
-    assert sum(learner.scored_rows for learner in learners) == len(rows)
-    assert sorted(learner.scored_rows for learner in learners)[-1] < len(rows)
+    assert sum(learner.scored for learner in learners) == 4 * len(rows)
+    assert max(learner.scored for learner in learners) < 4 * len(rows)
 
 
 def test_bad_references(tmp_path):

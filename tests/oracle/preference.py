@@ -17,7 +17,7 @@ def sigmoid(x: Number) -> Number:
     return 1 / (1 + exp(-x))
 
 
-def dpo(lp_w: Number, lp_l: Number, lr_w: Number, lr_l: Number, beta: Number, epsilon: Number = mpf(0)) -> Number:
+def dpo(lp_w: Number, lp_l: Number, lr_w: Number, lr_l: Number, beta: Number, epsilon: Number = 0) -> Number:
     """Rafailov et al. 2023, eq. 7, with the label flipped with probability epsilon (cDPO): cross-entropy of a Bradley-Terry model.
 
     The preference has probability p = (pi_w / ref_w)^beta / ((pi_w / ref_w)^beta + (pi_l / ref_l)^beta).
@@ -33,7 +33,7 @@ def reference_point(partners: Sequence[Number]) -> Number:
     return mean if mean > 0 else mpf(0)
 
 
-def kto(lp: Number, lr: Number, desirable: bool, z0: Number, beta: Number, weight_d: Number = mpf(1), weight_u: Number = mpf(1)) -> Number:
+def kto(lp: Number, lr: Number, desirable: bool, z0: Number, beta: Number, weight_d: Number = 1, weight_u: Number = 1) -> Number:
     """Ethayarajh et al. 2024, eq. 7: lambda_y - v(x, y)."""
     r = lp - lr
     if desirable:

@@ -1,0 +1,81 @@
+"""The dry run: what it counts, against the run itself and against sizes worked out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from fake_learner import configure
+
+from upo import tensors
+from upo.errors import ConfigError, DataError
+from upo.train.plan import model_shapes, plan
+
+ROWS = 20
+UPO = {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "length"}], "actor_warmup_steps": 1}}
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"prompt": f"what is {i} and {i}", "chosen": "the answer is " + "that " * i, "rejected": "not"} for i in range(ROWS)]
+    rows[3]["chosen"] = "the " * 400  # longer than max_length
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def small(model, data, objective=UPO, **sections):
+    return configure(objective, model=str(model), data={"train": str(data), "eval": 0.2}, train={"max_length": 200, "batch_size": 4, "epochs": 2}, **sections)
+
+
+def test_what_a_run_would_do(tiny_llama, data):
+    found = plan(small(tiny_llama, data, adapter={"rank": 8}, optimizer={"warmup_steps": 2}, device="cpu", dtype="float32"))
+    rows = found["rows"]
+    assert rows["read"] == ROWS and rows["dropped"] == 1 and rows["train"] + rows["eval"] == ROWS - 1 and rows["eval"] >= 1
+    steps = 2 * -(-rows["train"] // 4)
+    assert found["steps"] == steps and found["epochs"] == 2.0
+    assert found["warmup_share"] == {"lr": 2 / steps, "actor": 1 / steps}
+    assert found["reference_completions"] == 4 * (ROWS - 1)  # two of its own and two partners per pair
+    assert found["tokens"]["per_row"] == found["tokens"]["train"] / rows["train"] > 10
+    # 2 layers: q 64x64, k and v 64x32, o 64x64, gate and up 64x128, down 128x64
+    adapter = 8 * 2 * (128 + 96 + 96 + 128 + 192 + 192 + 192)
+    base = 2 * 384 * 64 + 64 + 2 * (2 * 64 + 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert found["parameters"] == {"base": base, "adapter": adapter}
+    memory = found["memory_gb"]
+    assert memory["base"] == 4 * base / 1e9 and memory["adapter"] == 16 * adapter / 1e9
+    assert memory["total"] == pytest.approx(memory["base"] + memory["adapter"] + memory["activations"])
+
+
+def test_options_that_change_the_estimate(tiny_llama, data):
+    plain = plan(small(tiny_llama, data, {"preference": {"loss": "sft"}}, dtype="bfloat16"))
+    assert plain["reference_completions"] == 0 and plain["warmup_share"]["actor"] == 0
+    other = plan(
+        small(tiny_llama, data, {"preference": {"loss": "dpo"}}, dtype="float32", adapter={"targets": ["q_proj", "o_proj"], "rank": 2}, optimizer={"name": "rmsprop"})
+    )
+    assert other["reference_completions"] == 2 * (ROWS - 1)
+    assert other["parameters"]["adapter"] == 2 * 2 * (128 + 128)
+    assert other["memory_gb"]["base"] == 2 * plain["memory_gb"]["base"]
+    assert other["memory_gb"]["adapter"] == 12 * other["parameters"]["adapter"] / 1e9
+
+
+def test_packed_weights_are_counted_unpacked(tmp_path):
+    """4 bit: 64 inputs lie in 8 words of 32 bits."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "quantization": {"bits": 4, "group_size": 32}}))
+    name = "model.layers.0.self_attn.q_proj"
+    tensors.write(
+        tmp_path / "model.safetensors",
+        {f"{name}.weight": np.zeros((32, 8), np.uint32), f"{name}.scales": np.zeros((32, 2), np.float16), f"{name}.biases": np.zeros((32, 2), np.float16)},
+    )
+    shapes = model_shapes(tmp_path)
+    assert shapes.parameters == 32 * 64 and shapes.linears == {name: (64, 32)} and shapes.stored == 32 * 8 * 4 + 2 * 32 * 2 * 2
+
+
+def test_refusals(tiny_llama, data, tmp_path):
+    with pytest.raises(ConfigError, match=r'adapter\.targets: the model has no linear layer "q_pro"\. Did you mean "q_proj"'):
+        plan(small(tiny_llama, data, adapter={"targets": ["q_pro"]}))
+    with pytest.raises(DataError, match="nothing"):
+        plan(small(tiny_llama, tmp_path / "nothing.jsonl"))
+    never = {"preset": "upo", "auxiliary": {**UPO["auxiliary"], "actor_warmup_steps": 1000}}
+    with pytest.raises(ConfigError, match="actor stays off"):
+        plan(small(tiny_llama, data, never))
