@@ -44,7 +44,7 @@ class Ops(Protocol):
         ...
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
-        """x where the condition holds, else y; the branch not taken gets gradient 0 (its value and slope must be finite). Floats may stand for arrays."""
+        """x where the condition holds, else y; the branch not taken gets gradient 0 (its value and slope must be finite). A float may stand for one of them."""
         ...
 
     def sum(self, x: Array, axis: int | None = None) -> Array:

@@ -13,6 +13,7 @@ name = "mlx"
 
 def load(config: RunConfig) -> Learner:
     """Model, adapter, reference and optimizer as configured; initialises the ranks."""
+    _need("mlx.core", "mlx_lm")
     from upo_mlx.step import load_learner
 
     return load_learner(config)
@@ -20,6 +21,20 @@ def load(config: RunConfig) -> Learner:
 
 def device_report() -> dict[str, Any]:
     """What `upo doctor` shows: version, devices, memory, BLAS, what is missing and the command that mends it."""
+    _need("mlx.core")
     from upo_mlx import device
 
     return device.device_report()
+
+
+def _need(*modules: str) -> None:
+    from importlib.util import find_spec
+
+    from upo.errors import BackendError
+
+    try:
+        missing = [module for module in modules if find_spec(module) is None]
+    except ModuleNotFoundError:  # a package that holds one of them
+        missing = list(modules)
+    if missing:
+        raise BackendError(f'backend: {", ".join(missing)} not installed. Install the MLX backend with: pip install "upo[mlx]"')

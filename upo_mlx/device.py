@@ -72,7 +72,7 @@ BLAS = _use_fast_blas()
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
-__all__ = ["BLAS", "MlxComm", "choose_device", "choose_dtype", "device_report", "matmul_rate", "mx", "nn", "peak_memory_gb", "to_numpy"]
+__all__ = ["BLAS", "MlxComm", "choose_device", "choose_dtype", "device_report", "matmul_rate", "mx", "nn", "peak_memory_gb", "share_threads", "to_numpy"]
 
 
 def has_gpu() -> bool:
@@ -131,13 +131,13 @@ BLAS_REMEDY = "pip install mkl (x86-64) or apt install libopenblas0-pthread make
 def device_report() -> dict[str, Any]:
     """What `upo doctor` shows about MLX here."""
     gpu = has_gpu()
-    info = dict(mx.device_info()) if gpu else {}
+    info: dict[str, Any] = dict(mx.device_info())
     devices = ["metal" if mx.metal.is_available() else "cuda"] * gpu + ["cpu"]
     report: dict[str, Any] = {
         "version": _version("mlx"),
         "mlx-lm": _version("mlx-lm"),
         "devices": devices,
-        "device": info.get("device_name") or info.get("architecture") or platform.processor() or platform.machine(),
+        "device": info.get("device_name") or platform.machine(),
         "memory_gb": round(info.get("memory_size", _ram()) / 1e9, 1),
         "missing": [],
     }
@@ -181,6 +181,8 @@ class MlxComm:
 
     def __init__(self) -> None:
         launched = any(name in os.environ for name in self.VARIABLES)
+        if not launched and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise BackendError("backend: torchrun starts processes for PyTorch; MLX's are started with mlx.launch -n N -- upo train ...")
         self._group = mx.distributed.init(strict=True) if launched else None
         self.rank = self._group.rank() if self._group else 0
         self.size = self._group.size() if self._group else 1
@@ -193,3 +195,16 @@ class MlxComm:
         stream = None if mx.cuda.is_available() else mx.cpu
         total = mx.distributed.all_sum(mx.array(array.astype(np.float32)), group=self._group, stream=stream)
         return np.array(total).astype(array.dtype)
+
+
+def share_threads(ranks: int) -> None:
+    """Divide the cores among the ranks of this machine, unless the user chose a number.
+
+    Threads of several processes on the same cores slow one another up to a hundredfold. The BLAS is loaded already, so it is told.
+    """
+    if ranks == 1 or any(name in os.environ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for name in ("openblas_set_num_threads", "MKL_Set_Num_Threads"):
+        if hasattr(library := ctypes.CDLL(None), name):
+            getattr(library, name)(max(1, cores // ranks))

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from upo import random
 from upo.backend import Sampling
 from upo.data.forest import Tokens
+from upo.sampling import pick, uniforms
 from upo_mlx.device import mx, to_numpy
 from upo_mlx.model import Model
 
@@ -28,7 +28,7 @@ def generate(model: Model, prompts: Sequence[Tokens], sampling: Sampling, stops:
         batch.append(i)
         last = place + 1 == len(order)
         if last or len(batch) == sampling.batch_size or not (paddable or len(prompts[order[place + 1]]) == len(prompts[i])):
-            uniform = np.stack([_uniform(sampling, j) for j in batch])
+            uniform = np.stack([uniforms(sampling, j) for j in batch])
             done |= zip(batch, _generate(model, [prompts[j] for j in batch], sampling, stops, uniform), strict=True)
             batch = []
     return [done[i] for i in range(len(prompts))]
@@ -51,30 +51,6 @@ def _generate(model: Model, prompts: Sequence[Tokens], sampling: Sampling, stops
             output[i].append(int(chosen[i]))
         ids = chosen[:, None]
     return [np.array(tokens, np.int32) for tokens in output]
-
-
-def pick(logits: np.ndarray, temperature: float, top_p: float, uniform: np.ndarray) -> np.ndarray:
-    """[B] token ids from logits [B, V] and numbers [B] in [0, 1): greedy at temperature 0, else by inverting the distribution.
-
-    top_p keeps the most likely tokens until their mass reaches it, ties with the last one included.
-    """
-    if temperature == 0:
-        return np.argmax(logits, axis=-1)
-    scaled = (logits - logits.max(-1, keepdims=True)) / np.float32(temperature)
-    weight = np.exp(scaled)
-    if top_p < 1:
-        falling = -np.sort(-weight, axis=-1)
-        mass = np.cumsum(falling, axis=-1, dtype=np.float64)
-        last = np.argmax(mass >= top_p * mass[:, -1:], axis=-1)
-        weight = np.where(weight >= np.take_along_axis(falling, last[:, None], -1), weight, 0)
-    mass = np.cumsum(weight, axis=-1, dtype=np.float64)
-    return np.argmax(mass > uniform[:, None] * mass[:, -1:], axis=-1)
-
-
-def _uniform(sampling: Sampling, prompt: int) -> np.ndarray:
-    """[max_tokens] float64 numbers in [0, 1)."""
-    words = random.words(sampling.max_tokens, sampling.seed, "generate", prompt)
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _plain_cache(model: Model) -> list[Any]:

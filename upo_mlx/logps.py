@@ -10,7 +10,7 @@ Array = mx.array
 Head = Callable[[Array], Array]  # hidden states [m, H] -> float32 logits [m, V]; its weights are frozen
 
 BLOCK = 64  # first level of a sum over the vocabulary
-CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MB in float32, times the few temporaries of a chunk
+CHUNK_ELEMENTS = 2**23  # logits held at once: 32 MB in float32, times the few temporaries of a chunk and the chunks in flight
 
 
 def token_logps(head: Head, hidden: Array, targets: Array) -> Array:
@@ -18,7 +18,8 @@ def token_logps(head: Head, hidden: Array, targets: Array) -> Array:
 
     The gradient of a token's log-prob with respect to its own hidden state does not depend on the loss. It is made together with the
     value, chunk by chunk, and the backward pass is one scaling of it: two products with the vocabulary per token in all, nothing is
-    recomputed. Each chunk is evaluated at once, as MLX would otherwise hold several in flight.
+    recomputed. Nothing is evaluated here: arrays evaluated while a gradient is traced are all kept for the backward pass, needed or not
+    (measured on a 135M model: 2.3 times the memory, twice the time).
     """
 
     @mx.custom_function
@@ -26,8 +27,7 @@ def token_logps(head: Head, hidden: Array, targets: Array) -> Array:
         parts = []
         for h, t in _chunks(head, hidden, targets):
             logp, residual = _score(head(h), t)
-            slope = mx.vjp(head, [h], [residual])[1][0]
-            mx.eval(logp, slope)
+            slope: Array = mx.vjp(head, [h], [residual])[1][0]
             parts.append((logp, slope))
         return mx.concatenate([logp for logp, _ in parts]), mx.concatenate([slope for _, slope in parts])
 
@@ -36,7 +36,7 @@ def token_logps(head: Head, hidden: Array, targets: Array) -> Array:
         slope = outputs[1]
         return (cotangents[0][:, None] * slope.astype(mx.float32)).astype(slope.dtype), mx.zeros_like(primals[1])
 
-    return scored(hidden, targets)[0]
+    return scored(hidden, targets)[0]  # type: ignore[index]
 
 
 def token_logps_only(head: Head, hidden: Array, targets: Array) -> Array:

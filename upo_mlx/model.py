@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_map, tree_map_with_path
 
+from upo import random
 from upo.adapters import Adapter, lora_name
 from upo.errors import ModelError
 from upo.models import model_config
@@ -18,6 +19,7 @@ from upo_mlx.device import mx, nn
 from upo_mlx.state import import_arrays
 
 Array = mx.array
+HEADS = {"lm_head", "embed_out", "output"}  # names of an output layer, where a family keeps it inside the decoder
 
 
 class LoRALinear(nn.Module):
@@ -79,10 +81,14 @@ class Model:
         self.inner: nn.Module = self._parent[self._inner_name]
 
     def linears(self) -> dict[str, nn.Module]:
-        """Every linear layer of the decoder layers, by path."""
-        layers = zip(self.layer_paths, list(self.net.layers), strict=True)
-        found = {f"{path}.{name}": m for path, layer in layers for name, m in layer.named_modules() if isinstance(m, (nn.Linear, nn.QuantizedLinear))}
-        return {path.removesuffix(".linear") if path.removesuffix(".linear") in self.loras else path: found[path] for path in sorted(found)}
+        """Every linear layer of the decoder but head and embeddings, by path; of a wrapped one, the layer beneath."""
+        found: dict[str, nn.Module] = {}
+        for path, module in self.net.named_modules():
+            head = path.rpartition(".")[2] in HEADS and not path.startswith(f"{self._inner_path}.{self._list_name}.")
+            if path.startswith(f"{self._inner_path}.") and not head and isinstance(module, (nn.Linear, nn.QuantizedLinear)):
+                outer = path.removesuffix(".linear")
+                found[outer if outer in self.loras else path] = module
+        return dict(sorted(found.items()))
 
     def add_loras(self, paths: Sequence[str]) -> None:
         """Wrap the linear layers at these paths, where they are not wrapped yet."""
@@ -137,7 +143,7 @@ class Model:
         try:
             own = self.net(ids)[0].astype(mx.float32)
             ours = self.head(self.hidden(ids)[0])
-            difference, size = float(mx.abs(own - ours).max().item()), float(mx.abs(own).max().item())
+            difference, size = (float(np.array(mx.abs(x).max())) for x in (own - ours, own))
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise ModelError(f"model: {self.net.__class__.__module__} cannot be split into decoder and head ({error}). Use --backend torch.") from None
         if not difference <= 1e-3 * max(size, 1.0):
@@ -178,7 +184,7 @@ class _Recomputed:
         tree_map(lambda v: floats.append(v) if _is_float(v) else None, (args, kwargs))
         scales = [lora.scale for lora in self._loras]
 
-        def call(matrices: list[tuple[Array, Array]], x: Array, floats: list[Array]) -> Any:
+        def call(matrices: list[tuple[Any, Any]], x: Array, floats: list[Array]) -> Any:
             before = [(lora, lora.lora_a, lora.lora_b, lora.scale) for lora in self._loras]
             given = iter(floats)
             own_args, own_kwargs = tree_map(lambda v: next(given) if _is_float(v) else v, (args, kwargs))
@@ -239,9 +245,11 @@ def expand_targets(model: Model, targets: str | Sequence[str]) -> list[str]:
     Raises ModelError for a name that fits nothing, with what there is.
     """
     linears = list(model.linears())
-    if targets == "all-linear":
-        return linears
     names = [targets] if isinstance(targets, str) else list(targets)
+    if not linears:
+        raise ModelError(f"adapter.targets: {model.net.__class__.__module__} has no linear layer that could carry an adapter. Use another model.")
+    if names == ["all-linear"]:
+        return linears
     fits = {name: [path for path in linears if path == name or path.endswith(f".{name}")] for name in names}
     if unknown := sorted(name for name, paths in fits.items() if not paths):
         there = sorted({path.rpartition(".")[2] for path in linears})
@@ -278,8 +286,6 @@ def lora_from(adapter: Adapter) -> LoRA:
 
 def fresh_arrays(model: Model, paths: Sequence[str], rank: int, seed: int) -> dict[str, Array]:
     """Initial A (seeded by its PEFT name, equal on every backend) and B = 0 for these layers."""
-    from upo import random
-
     arrays = {}
     for path in paths:
         inputs, outputs = model.loras[path].dims

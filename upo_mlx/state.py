@@ -48,7 +48,7 @@ class Optimizer:
     def state(self, prefix: str = "") -> dict[str, np.ndarray]:
         """`<prefix><name>.exp_avg`, ..., `.step`."""
         names = next(iter(self.moments.values()))
-        steps = {f"{prefix}{name}.step": np.float32(self.steps).reshape(()) for name in names}
+        steps = {f"{prefix}{name}.step": np.array(self.steps, np.float32) for name in names}
         return {f"{prefix}{name}.{m}": a for m, arrays in self.moments.items() for name, a in export_arrays(arrays).items()} | steps
 
     def load_state(self, state: Mapping[str, np.ndarray], prefix: str = "") -> None:

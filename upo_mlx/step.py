@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from upo import adapters, models
-from upo.backend import ModelInfo, Outcome, Sampling
+from upo.backend import Comm, ModelInfo, Outcome, Sampling
 from upo.config import AdapterConfig, RunConfig
 from upo.data.batch import Batch, micro_batches
 from upo.data.forest import Forest, Tokens, padded
@@ -45,6 +45,7 @@ def load_learner(config: RunConfig) -> MlxLearner:
     where = device.choose_device(config.device)
     dtype, notes = device.choose_dtype(config.dtype, where)
     comm = MlxComm()
+    device.share_threads(comm.size)
     folder = models.resolve(config.model, config.revision)
     net, repaired = load_base(folder, dtype)
     model = Model(net)
@@ -123,7 +124,8 @@ class MlxLearner:
     """`upo.backend.Learner` on MLX."""
 
     def __init__(self, config: RunConfig, comm: MlxComm, model: Model, policy: LoRA, reference: LoRA, info: ModelInfo, folder: Path) -> None:
-        self.config, self.comm, self.model, self.info, self.folder = config, comm, model, info, folder
+        self.config, self.model, self.info, self.folder = config, model, info, folder
+        self.comm: Comm = comm
         self.policy, self.reference = policy, reference
         self.objective = config.objective.build()
         chosen = config.optimizer
@@ -212,7 +214,7 @@ class MlxLearner:
 
         adapter, norm = clip({name: total[name] for name in self.policy.arrays}, self.config.optimizer.clip)
         head, head_norm = clip({name: total[HEAD + name] for name in self.head}, self._head_clip()) if self.head else ({}, mx.array(0.0))
-        outcome = Outcome(logp, v if self.head else None, partner_logp, float(norm.item()), float(head_norm.item()))
+        outcome = Outcome(logp, v if self.head else None, partner_logp, float(np.array(norm)), float(np.array(head_norm)))
         check_finite(batch, logp=logp, value=outcome.value, gradient=np.array([outcome.grad_norm, outcome.value_grad_norm]))
 
         self.policy = replace(self.policy, arrays=self.optimizer.update(self.policy.arrays, adapter, lr))

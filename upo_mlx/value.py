@@ -43,4 +43,4 @@ def fit(head: dict[str, Array], states: np.ndarray, prompt: np.ndarray, reward: 
     for _ in range(steps):
         head = optimizer.update(head, mx.grad(loss)(head), lr)
         mx.eval(head, optimizer.moments)
-    return head, float(loss(head).item())
+    return head, float(np.array(loss(head)))

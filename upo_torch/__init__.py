@@ -1,0 +1,36 @@
+"""The PyTorch implementation of `upo.backend`: CUDA, MPS and CPU. Importing it does not import torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upo.backend import Learner
+    from upo.config import RunConfig
+
+name = "torch"
+
+
+def load(config: RunConfig) -> Learner:
+    """Model, adapter, reference and optimizer as configured; initialises the ranks."""
+    _need("torch", "transformers", "peft")
+    from upo_torch.step import load_learner
+
+    return load_learner(config)
+
+
+def device_report() -> dict[str, Any]:
+    """What `upo doctor` shows: version, devices, memory, BLAS, what is missing and the command that mends it."""
+    _need("torch")
+    from upo_torch import device
+
+    return device.device_report()
+
+
+def _need(*modules: str) -> None:
+    from importlib.util import find_spec
+
+    from upo.errors import BackendError
+
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise BackendError(f'backend: {", ".join(missing)} not installed. Install the PyTorch backend with: pip install "upo[torch]"')

@@ -24,8 +24,8 @@ from upo.config import load_config  # noqa: E402
 from upo.data.batch import Example, collate  # noqa: E402
 from upo.data.forest import Forest  # noqa: E402
 from upo.errors import BackendError, ModelError  # noqa: E402
+from upo.sampling import pick  # noqa: E402
 from upo_mlx import device  # noqa: E402
-from upo_mlx.generate import pick  # noqa: E402
 from upo_mlx.logps import token_logps  # noqa: E402
 from upo_mlx.model import LoRA, LoRALinear, Model, expand_targets, fresh_arrays, load_base  # noqa: E402
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 import upo.quickstart.run as quickstart_run
 from upo.errors import ModelError
+from upo.quickstart.recipe import HELDOUT, TRAIN
 from upo_cli.main import main
 from upo_cli.quickstart import verdict
 
@@ -126,13 +127,18 @@ def test_verdict_claims_a_change_only_where_the_interval_excludes_zero() -> None
 
 
 def test_whole_of_it_on_a_tiny_model(here: Path, tiny_llama: Path, backend: str) -> None:
-    done = upo("--backend", backend, "--model", str(tiny_llama), "--steps", "2", "--out", "tiny")
+    for source in (TRAIN, HELDOUT):
+        rows = source.read_text(encoding="utf-8").splitlines()[:6]
+        (here / source.name).write_text("\n".join(rows), encoding="utf-8")
+    data = (f"--set=data.{key}={source.name}" for key, source in (("train", TRAIN), ("eval", HELDOUT)))
+    done = upo("--backend", backend, "--model", str(tiny_llama), "--steps", "2", "--out", "tiny", *data)
     assert done.exit_code == 0, (done.output, done.exception)
     result = json.loads((here / "tiny" / "quickstart.json").read_text(encoding="utf-8"))
     assert (result["backend"], result["steps"], result["prompts"], len(result["answers"])) == (backend, 2, 40, 40)
     assert all(len(a["before"]) == len(a["after"]) == 3 for a in result["answers"])
     assert result["before"]["accuracy"] == 0.5  # the untrained adapter changes nothing: every pair is a tie
-    assert result["after"]["accuracy"] != 0.5
+    margins = [json.loads(line)["margin"] for line in (here / "tiny" / "metrics.jsonl").read_text().splitlines() if '"eval": true' in line]
+    assert margins[0] == 0 and margins[1] != 0
     summary = json.loads((here / "tiny" / "summary.json").read_text())
     assert summary["eval"]["after"]["accuracy"] == result["after"]["accuracy"]
     low, high = result["reward_change"]["low"], result["reward_change"]["high"]

@@ -42,7 +42,7 @@ class Auxiliary:
 
     def weight(self, ops: Ops, scores: Scores) -> Array:
         """[N] exp(lambda * A), a constant."""
-        return ops.exp(self.temperature * (scores.reward - ops.stop_gradient(scores.value)))
+        return ops.exp(self.temperature * (scores.given("reward") - ops.stop_gradient(scores.given("value"))))
 
     def actor(self, ops: Ops, scores: Scores) -> Array:
         """[N], zero during the warm-up."""
@@ -52,7 +52,7 @@ class Auxiliary:
 
     def value(self, ops: Ops, scores: Scores) -> Array:
         """[N] expectile regression of R on V(x)."""
-        return expectile_loss(ops, scores.reward - scores.value, self.expectile)
+        return expectile_loss(ops, scores.given("reward") - scores.given("value"), self.expectile)
 
 
 def expectile_loss(ops: Ops, residual: Array, expectile: float) -> Array:

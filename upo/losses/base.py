@@ -42,9 +42,16 @@ class Scores:
                 changed[field.name] = floats(value)
         return replace(self, **changed)
 
+    def given(self, name: str) -> Array:
+        """An optional field that a loss needs. Raises ValueError where the scores do not bring it."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"the objective needs {name}, but the scores have none")
+        return value
+
     def logratio(self) -> Array:
         """log pi(y|x) - log ref(y|x), [N]."""
-        return self.logp - self.ref_logp
+        return self.logp - self.given("ref_logp")
 
 
 @dataclass(frozen=True)

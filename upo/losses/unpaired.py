@@ -18,9 +18,11 @@ class KTO(Loss):
                lambda_U * (1 - s(beta * (z0 - g(y))))   if it is not
         z0   = max(0, mean of g(y'|x) over mismatched prompts and completions)
 
-    g is the log-ratio to the reference, summed over tokens. z0 is a constant for the gradient; it is the mean over the partners of the
-    whole optimizer step, whatever the micro-batches and ranks (one partner per completion, a completion of another prompt). One value
-    per completion, [N]; a completion without a label is not accepted.
+    g = log pi(y|x) - log ref(y|x) is summed over tokens, s is the sigmoid; beta > 0 is the strength of the tie to the reference;
+    lambda_D = desirable_weight and lambda_U = undesirable_weight balance the labels: with n of each, the paper advises
+    lambda_D n_D / (lambda_U n_U) in [1, 4/3]. z0 is a constant for the gradient; it is the mean over the partners of the whole
+    optimizer step, whatever the micro-batches and ranks (one partner per completion, a completion of another prompt). One value per
+    completion, [N]; a completion without a label is not accepted.
 
     Elsewhere: TRL rotates completions inside fixed chunks of the device batch; HALOs takes the next example of the batch.
     """
@@ -43,11 +45,11 @@ class KTO(Loss):
             raise ValueError(f"kto: desirable_weight and undesirable_weight must be finite, not negative and not both 0 (got {weights})")
 
     def __call__(self, ops: Ops, scores: Scores) -> Array:
-        partners = scores.partner_logratio
+        partners = scores.given("partner_logratio")
         z0 = ops.relu(ops.stop_gradient(ops.sum(partners) / partners.shape[0]))
         distance = self.beta * (scores.logratio() - z0)
-        weight = ops.where(scores.label > 0, self.desirable_weight, self.undesirable_weight)
-        return weight * ops.sigmoid(-scores.label * distance)  # 1 - s(z) = s(-z)
+        loss = ops.sigmoid(-scores.label * distance)  # 1 - s(z) = s(-z)
+        return ops.where(scores.label > 0, self.desirable_weight * loss, self.undesirable_weight * loss)
 
     def implicit_reward(self, scores: Scores) -> Array:
         return self.beta * scores.logratio()

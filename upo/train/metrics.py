@@ -26,7 +26,7 @@ NAMES: dict[str, str] = {
     "loss/preference": "weighted sum of the preference losses",
     "loss/auxiliary": "advantage-weighted likelihood, before gamma; 0 during the actor warm-up",
     "loss/value": "expectile regression of the value head, before value_coef",
-    "accuracy": "share of pairs whose chosen completion has the higher implicit reward (first preference loss); a tie counts one half",
+    "accuracy": "share of pairs whose chosen completion has the higher implicit reward (first preference loss); a tie (margin within 1e-4) counts one half",
     "margin": "mean implicit reward of chosen minus rejected completions (first preference loss)",
     "kl": "mean log-ratio of policy to reference over the completions at hand, in nats per completion; on data, not on samples, so it may be negative",
     "logp/chosen": "mean summed log-prob of chosen or desirable completions",
@@ -46,6 +46,8 @@ NAMES: dict[str, str] = {
     "seconds": "wall time of this step or evaluation",
 }
 
+TIE = 1e-4  # margins this small are rounding: before the first update every pair is a tie
+
 
 def scores_of(batch: Batch, outcome: Outcome) -> Scores:
     """The float64 scores of a whole step. Partners' log-ratios are taken where policy and reference both scored them."""
@@ -63,7 +65,7 @@ def step_metrics(objective: Objective, batch: Batch, outcome: Outcome) -> dict[s
     if objective.preference and len(scores.chosen):
         worth = objective.preference[0][0].implicit_reward(scores)
         margin = worth[scores.chosen] - worth[scores.rejected]
-        record["accuracy"] = float(np.mean((margin > 0) + 0.5 * (margin == 0)))
+        record["accuracy"] = float(np.mean((margin > TIE) + 0.5 * (np.abs(margin) <= TIE)))
         record["margin"] = float(np.mean(margin))
     if scores.ref_logp is not None:
         record["kl"] = float(np.mean(scores.logratio()))

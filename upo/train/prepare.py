@@ -42,7 +42,7 @@ class Prepared:
         """Training rows in the steps before this one."""
         n, size = len(self.train), self.config.train.batch_size
         epoch, index = divmod(step, steps_per_epoch(n, size))
-        return epoch * n + min(index * size, n)
+        return epoch * n + index * size
 
 
 def prepare(config: RunConfig, *, allow_code: bool, reporter: Reporter, data: Any = None, score: bool = True) -> Prepared:

@@ -76,19 +76,18 @@ def with_reference(config: RunConfig, learner: Learner, backend: str, examples: 
     `name` is the split's, for messages. Rank 0 reads and writes the cache. Raises ModelError naming rows whose log-prob is not finite.
     """
     key = reference_key(config, learner.info, backend, examples)
-    batch = _batch(examples)
-    path = cache_path(key)
-    logp = _shared(learner.comm, read_cached(path, len(batch.label)) if learner.comm.rank == 0 else None, len(batch.label))
+    path, size = cache_path(key), pass_size(examples)
+    logp = _shared(learner.comm, read_cached(path, size) if learner.comm.rank == 0 else None, size)
     cached = logp is not None
     if logp is None:
-        logp = _score(learner, batch, config.train.micro_batch_tokens, name, reporter)
+        logp = _score(learner, collate(examples), config.train.micro_batch_tokens, name, reporter)
         if learner.comm.rank == 0:
             _write(path, logp)
     return Reference(_attach(examples, logp), key, cached)
 
 
 def cache_path(key: str) -> Path:
-    """Where the log-probs of a key are kept: one float32 array [completions and partners of all rows]."""
+    """Where the log-probs of a key are kept: one float32 array, all rows' completions, then all rows' partners."""
     return cache_dir("reference") / f"{key}.npy"
 
 
@@ -99,7 +98,7 @@ def pass_size(examples: Sequence[Example]) -> int:
 
 def logps_of(examples: Sequence[Example]) -> np.ndarray:
     """[completions and partners] the reference log-probs that rows carry, in the order of the cache."""
-    return np.array([v for e in examples for v in (*(e.ref_logp or ()), *(e.partner_ref_logp or ()))], np.float32)
+    return np.array([v for name in ("ref_logp", "partner_ref_logp") for e in examples for v in getattr(e, name) or ()], np.float32)
 
 
 def _folder(config: RunConfig) -> str | None:
@@ -110,21 +109,23 @@ def _completions(example: Example) -> tuple[np.ndarray, ...]:
     return (*example.completions, *(example.partners or ()))
 
 
-def _batch(examples: Sequence[Example]) -> Batch:
-    rows = [(e, _completions(e)) for e in examples]
-    return collate([Example(e.origin, "group", e.prompt, completions, (0,) * len(completions)) for e, completions in rows])
-
-
 def _score(learner: Learner, batch: Batch, limit: int, name: str, reporter: Reporter) -> np.ndarray:
-    """[N] of the batch, in parts of limited size, longest rows first; rank r takes parts r, r + W, ..."""
-    comm, logp = learner.comm, np.zeros(len(batch.label), np.float32)
+    """[N] log-probs of the batch's completions, then [N] of its partners if it has them; rank r takes parts r, r + W, ...
+
+    The parts are those in which `evaluate` scores the policy, completions and partners apart as there: in equal shapes policy and
+    reference round alike, so that they agree to the last bit before the first update.
+    """
+    comm, n = learner.comm, len(batch.label)
+    logp = np.zeros(n if batch.partners is None else 2 * n, np.float32)
     reporter.start(f"reference ({name})", len(batch.origins), "rows")
     for rows in micro_batches(batch, limit, at_least=comm.size)[comm.rank :: comm.size]:
         part, kept = batch.select(rows)
         logp[kept] = learner.logps(part.forest, reference=True)
+        if part.partners is not None:
+            logp[n + kept] = learner.logps(part.partners, reference=True)
         reporter.advance(min(len(rows) * comm.size, len(batch.origins)))
     logp = comm.all_sum(logp)
-    bad = bad_rows(batch, logp)
+    bad = bad_rows(batch, logp.reshape(-1, n).sum(axis=0))
     if bad:
         remedy = "Use dtype: float32 or bfloat16." if learner.info.dtype == "float16" else "The model or the reference adapter is damaged."
         raise ModelError(f"reference: log-probs that are not finite ({learner.info.dtype}) in {name_rows(bad)}. {remedy}")
@@ -132,12 +133,12 @@ def _score(learner: Learner, batch: Batch, limit: int, name: str, reporter: Repo
 
 
 def _attach(examples: Sequence[Example], logp: np.ndarray) -> list[Example]:
-    done, place = [], 0
+    done, n, place = [], sum(len(e.completions) for e in examples), 0
     for example in examples:
-        n, k = len(example.completions), len(example.partners or ())
-        own, partners = logp[place : place + n].tolist(), logp[place + n : place + n + k].tolist()
-        done.append(replace(example, ref_logp=tuple(own), partner_ref_logp=tuple(partners) if k else None))
-        place += n + k
+        here = slice(place, place + len(example.completions))
+        partners = None if example.partners is None else tuple(logp[n:][here].tolist())
+        done.append(replace(example, ref_logp=tuple(logp[here].tolist()), partner_ref_logp=partners))
+        place = here.stop
     return done
 
 

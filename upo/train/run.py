@@ -49,9 +49,8 @@ class Run:
             raise RunError(f"--out {self.path}: this is a file. Name a folder that does not exist yet.")
         found = [name for name in CONTENTS if (self.path / name).exists()]
         if found:
-            raise RunError(
-                f"--out {self.path}: holds a run already ({', '.join(found)}). Name another folder, or go on with it: upo train --resume --out {self.path}"
-            )
+            go_on = "" if "summary.json" in found else f", or go on with it: upo train --resume --out {self.path}"
+            raise RunError(f"--out {self.path}: holds a run already ({', '.join(found)}). Name another folder{go_on}.")
 
     def check_resumable(self) -> None:
         """Raise RunError if there is no run to go on with, or it is finished."""

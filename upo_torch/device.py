@@ -1,0 +1,160 @@
+"""Where PyTorch computes: device and dtype, threads, memory, the ranks."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import resource
+import shutil
+import sys
+from datetime import timedelta
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from upo.errors import BackendError
+
+
+def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The device of this process. `auto`: CUDA, else MPS, else the CPU; `gpu`: CUDA or MPS. Ranks of one machine take one GPU each.
+
+    Raises BackendError for a device that is not there, naming what is.
+    """
+    kind, _, index = name.partition(":")
+    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else ""
+    wanted = {"auto": gpu or "cpu", "cpu": "cpu", "gpu": gpu, "cuda": "cuda" * (gpu == "cuda"), "mps": "mps" * (gpu == "mps")}.get(kind)
+    if wanted is None or (index and (kind != "cuda" or not index.isdigit())):
+        raise BackendError(f"device: unknown device {name!r}. Known: auto, cpu, gpu, cuda, cuda:N, mps.")
+    if not wanted:
+        raise BackendError(f"device: PyTorch has no {name} here, only {gpu or 'cpu'}. Use device: auto; `upo doctor` says what is missing.")
+    if wanted == "mps" and local_size > 1:
+        raise BackendError("device: several processes cannot share one MPS device. Use one process, or device: cpu.")
+    if wanted != "cuda":
+        return torch.device(wanted)
+    if index and local_size > 1:
+        raise BackendError(f"device: {name} names one GPU for {local_size} processes. Use device: cuda, which gives each its own.")
+    chosen, there = int(index) if index else local_rank, torch.cuda.device_count()
+    if chosen >= there:
+        raise BackendError(f"device: GPU number {chosen} is asked for, and there are {there} (numbered from 0). Name another, or start at most {there} processes here.")
+    torch.cuda.set_device(chosen)
+    return torch.device("cuda", chosen)
+
+
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, list[str]]:
+    """The dtype of the frozen base, and notes to show. `auto`: bfloat16 on a GPU that has it, float32 elsewhere."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name], []
+    if device.type == "cpu":
+        return torch.float32, []
+    if _has_bfloat16(device):
+        return torch.bfloat16, []
+    return torch.float32, ["dtype: this GPU does not compute in bfloat16, so float32 is used; it takes twice the memory."]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        x = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
+        return bool((x @ x).sum().item() == 8)
+    except (RuntimeError, TypeError):  # before macOS 14
+        return False
+
+
+def share_threads(local_size: int) -> None:
+    """Divide the cores among the ranks of one machine, unless the user chose a number.
+
+    torchrun sets OMP_NUM_THREADS=1 by itself, which is safe; threads of several processes on the same cores slow one another up to a
+    hundredfold.
+    """
+    if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _cores() // local_size))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far: of torch's allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # bytes on macOS, KiB on Linux
+
+
+def device_report() -> dict[str, Any]:
+    """What `upo doctor` shows about PyTorch here."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    mps = torch.backends.mps.is_available()
+    report: dict[str, Any] = {
+        "version": torch.__version__,
+        "transformers": _version("transformers"),
+        "peft": _version("peft"),
+        "devices": [f"cuda:{i}" for i in range(len(gpus))] + ["mps"] * mps + ["cpu"],
+        "device": gpus[0].name if gpus else platform.processor() or platform.machine(),
+        "memory_gb": round((gpus[0].total_memory if gpus else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 1e9, 1),
+        "threads": torch.get_num_threads(),
+        "blas": "MKL" if torch.backends.mkl.is_available() else "OpenBLAS or the platform's",
+        "missing": [],
+    }
+    if gpus:
+        report["bitsandbytes"] = _version("bitsandbytes") or 'not installed; quantize: nf4 needs it: pip install "upo[quantized]"'
+    elif shutil.which("nvidia-smi"):
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        report["missing"].append(
+            f"a GPU: nvidia-smi is there, but this torch ({build}) sees none. Install the build for your driver: https://pytorch.org/get-started/locally"
+        )
+    report["missing"] += [f'{package}: pip install "upo[torch]"' for package in ("transformers", "peft") if report[package] is None]
+    return report
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class TorchComm:
+    """The ranks started by torchrun; one process is rank 0 of 1 and every sum is the identity."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self._device = torch.device("cpu")
+        if self.size == 1 and "MLX_RANK" in os.environ:
+            raise BackendError("backend: mlx.launch starts processes for MLX; PyTorch's are started with torchrun --nproc-per-node N.")
+
+    def start(self, device: torch.device) -> None:
+        """Meet the other ranks: over NCCL on CUDA, over gloo elsewhere."""
+        if self.size == 1:
+            return
+        self._device = device
+        if not dist.is_initialized():
+            on_gpu = {"device_id": device} if device.type == "cuda" else {}
+            # A rank may wait for another to download a model, so the limit is long.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **on_gpu)
+            atexit.register(_stop)
+
+    def all_sum(self, array: np.ndarray) -> np.ndarray:
+        """Sum over ranks of a float array of the same shape on each."""
+        if self.size == 1:
+            return array
+        return self.all_sum_tensor(torch.from_numpy(array.copy()).to(self._device)).cpu().numpy()
+
+    def all_sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same for a tensor on this process's device, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def _stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""Batched sampling with transformers' `generate`: left padding, a key/value cache, and a choice of tokens of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from upo.backend import Sampling
+from upo.data.forest import Tokens
+from upo.sampling import pick, uniforms
+from upo_torch.model import Model
+from upo_torch.state import to_numpy
+
+
+@torch.no_grad()
+def generate(model: Model, prompts: Sequence[Tokens], sampling: Sampling, stops: Sequence[int]) -> list[Tokens]:
+    """Continuations in the order of the prompts, each without the stop token that ended it.
+
+    Prompts of like length share a batch. Each prompt has a stream of random numbers of its own, named by its place in `prompts`, so a
+    text does not depend on which others share its batch (but for rounding). torch's own generators are not touched.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    done: dict[int, Tokens] = {}
+    for start in range(0, len(order), sampling.batch_size):
+        batch = order[start : start + sampling.batch_size]
+        uniform = np.stack([uniforms(sampling, i) for i in batch])
+        done |= zip(batch, _generate(model, [prompts[i] for i in batch], sampling, stops, uniform), strict=True)
+    return [done[i] for i in range(len(prompts))]
+
+
+def _generate(model: Model, prompts: Sequence[Tokens], sampling: Sampling, stops: Sequence[int], uniform: np.ndarray) -> list[Tokens]:
+    from transformers import GenerationConfig
+
+    width = max(map(len, prompts))
+    ids, mask = (np.zeros((len(prompts), width), np.int64) for _ in range(2))
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    net: Any = model.net
+    net.generation_config = GenerationConfig(  # what a model folder adds here (repetition penalties, ...) is not ours to apply
+        do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=list(stops) or None, pad_token_id=0, return_dict_in_generate=False
+    )
+    output = net.generate(
+        input_ids=torch.from_numpy(ids).to(model.device),
+        attention_mask=torch.from_numpy(mask).to(model.device),
+        logits_processor=[_Choose(sampling, uniform, width)],
+    )
+    return [_cut(row, stops) for row in output[:, width:].cpu().numpy()]
+
+
+def _cut(tokens: np.ndarray, stops: Sequence[int]) -> Tokens:
+    ends = np.flatnonzero(np.isin(tokens, np.asarray(stops)))
+    return tokens[: ends[0] if len(ends) else len(tokens)].astype(np.int32)
+
+
+class _Choose:
+    """Leaves one token with a finite score, the sampled one, so that greedy decoding takes it."""
+
+    def __init__(self, sampling: Sampling, uniform: np.ndarray, width: int) -> None:
+        self.sampling, self.uniform, self.width = sampling, uniform, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.sampling.temperature == 0:
+            return scores
+        drawn = self.uniform[:, input_ids.shape[1] - self.width]
+        chosen = pick(to_numpy(scores), self.sampling.temperature, self.sampling.top_p, drawn)
+        return torch.full_like(scores, -torch.inf).scatter(-1, torch.from_numpy(chosen).to(scores.device)[:, None], 0.0)

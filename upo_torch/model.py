@@ -1,0 +1,314 @@
+"""A frozen transformers model with PEFT's LoRA layers: loading, targets, hidden states, head, recomputation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from upo import random
+from upo.adapters import Adapter, lora_name
+from upo.errors import BackendError, ConfigError, ModelError, UpoError
+from upo.models import is_quantized_mlx, model_config
+
+POLICY, REFERENCE = "default", "reference"  # PEFT's names of the two adapters
+
+
+class LowRank(nn.Module):
+    """One LoRA matrix: a float32 master, multiplied in the dtype of its input. PEFT's own layer computes in the master's dtype instead."""
+
+    def __init__(self, array: np.ndarray, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.from_numpy(np.array(array, np.float32)).to(device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The model's output layer, with the scale or soft cap that some families apply to its logits."""
+
+    linear: nn.Module
+    width: int  # V
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 logits [m, V] of hidden states [m, H]."""
+        logits = self.linear(hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class Model:
+    """The network: `net` as transformers built it, its `decoder` (ids -> hidden states after the final norm) and its `head`.
+
+    `policy` holds the float32 masters that are trained, by PEFT parameter name; without `add_policy` it is empty.
+    """
+
+    def __init__(self, net: nn.Module, device: torch.device) -> None:
+        self.net, self.device = net, device
+        self.decoder, self.head = _split(net)
+        self.policy: dict[str, nn.Parameter] = {}
+        self.scale = 0.0
+        self._peft: Any = None
+        self._has_reference = False
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.net.config.get_text_config().num_hidden_layers)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Every linear layer of the decoder but head and embeddings, by path; of an adapted one, the layer beneath."""
+        prefix = next(name for name, module in self.net.named_modules() if module is self.decoder)
+        found: dict[str, nn.Linear] = {}
+        for name, module in self.net.named_modules():
+            parts = name.split(".")
+            if not name.startswith(f"{prefix}.") or not isinstance(module, nn.Linear) or module is self.head.linear:
+                continue
+            found[".".join(parts[:-1]) if parts[-1] == "base_layer" else name] = module
+        return dict(sorted(found.items()))
+
+    def add_policy(self, paths: Sequence[str], rank: int, scale: float, arrays: Mapping[str, np.ndarray]) -> None:
+        """The adapter to train, on the linear layers at these paths."""
+        self.policy, self.scale = self._add(POLICY, paths, rank, scale, arrays), scale
+
+    def add_reference(self, adapter: Adapter) -> None:
+        """A second, frozen adapter, in use inside `reference()` only."""
+        self._add(REFERENCE, adapter.targets, adapter.rank, adapter.scale, adapter.arrays)
+        self._has_reference = True
+        self._peft.set_adapter(POLICY)
+
+    def _add(self, name: str, paths: Sequence[str], rank: int, scale: float, arrays: Mapping[str, np.ndarray]) -> dict[str, nn.Parameter]:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=list(paths), task_type="CAUSAL_LM")  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has renamed
+            # PEFT's matrices stay on the meta device, drawing no random numbers, and are replaced below.
+            if self._peft is None:
+                self._peft = get_peft_model(self.net, config, adapter_name=name, autocast_adapter_dtype=False, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+            else:
+                self._peft.add_adapter(name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        params = {}
+        for path in paths:
+            layer: Any = self.net.get_submodule(path)
+            layer.cast_input_dtype_enabled = False
+            for side, matrices in (("A", layer.lora_A), ("B", layer.lora_B)):
+                matrices[name] = LowRank(arrays[lora_name(path, side)], self.device)
+                params[lora_name(path, side)] = matrices[name].weight
+        return params
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Compute as the reference inside the block: with the second adapter, or with none."""
+        if self._peft is None:
+            yield
+            return
+        try:
+            if self._has_reference:
+                self._peft.set_adapter(REFERENCE)
+            else:
+                self._peft.base_model.disable_adapter_layers()
+            yield
+        finally:
+            self._peft.base_model.enable_adapter_layers()
+            self._peft.set_adapter(POLICY)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Gradient checkpointing inside the block: each decoder layer keeps its input and is run again in the backward pass.
+
+        transformers checkpoints a layer whose `training` flag is set. The flag is set on that module alone, so that nothing inside it
+        starts to drop out.
+        """
+        modules: list[Any] = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
+        if not modules:
+            raise ConfigError(f"train.gradient_checkpointing: {type(self.net).__name__} does not support it. Set it to false and lower train.micro_batch_tokens.")
+        try:
+            for module in modules:
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+                module.gradient_checkpointing = module.training = True
+            yield
+        finally:
+            for module in modules:
+                module.gradient_checkpointing = module.training = False
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B * T, H] after the final norm, for token ids [B, T] under a causal mask."""
+        return self.decoder(input_ids=ids, use_cache=False)[0].flatten(0, 1)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise ModelError unless decoder and head put together give the network's own logits on a short sequence."""
+        ids = torch.arange(2, 9, device=self.device)[None]
+        own = self.net(input_ids=ids, use_cache=False).logits[0].float()
+        ours = self.head(self.hidden(ids))
+        difference, size = float((own - ours).abs().max()), float(own.abs().max())
+        close = 1e-3 if self.net.dtype == torch.float32 else 2e-2  # the soft cap is computed in float32 here, in 16 bits there
+        if not difference <= close * max(size, 1.0):
+            raise ModelError(
+                f"model: self-check failed: the logits of {type(self.net).__name__} differ by {difference:.2g} from those of its decoder and "
+                f"output layer put together (largest logit {size:.2g}). This family is not supported yet; please report it."
+            )
+
+
+def _split(net: nn.Module) -> tuple[nn.Module, Head]:
+    """Decoder and head of a causal language model."""
+    decoder, linear, config = net.get_decoder(), net.get_output_embeddings(), net.config.get_text_config()  # type: ignore[operator, union-attr]
+    if decoder is net or not isinstance(linear, nn.Linear):
+        raise ModelError(f"model: {type(net).__name__} has no decoder and linear output layer that upo can tell apart. Use another model.")
+    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return decoder, Head(linear, linear.out_features, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> tuple[nn.Module, list[str]]:
+    """The frozen network of a folder that `upo.models.resolve` has checked, with its rope configuration repaired; and notes.
+
+    Raises ModelError, or BackendError for a quantisation that this device does not have.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    raw, notes = model_config(folder)
+    kind = str(raw.get("model_type"))
+    if is_quantized_mlx(raw):
+        raise ModelError(f"{folder}: an MLX {raw['quantization'].get('bits')}-bit model. Use --backend mlx, or the original model with quantize: nf4 on CUDA.")
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(f"{folder / 'config.json'}: model_type {kind!r} is unknown to this transformers. Update it: pip install -U transformers")
+    options: dict[str, Any] = {}
+    if quantize == "nf4":
+        options = _nf4(dtype, device)
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(_without_dropout(raw))
+        if config.is_encoder_decoder:
+            raise ModelError(f"{folder}: {kind} is an encoder-decoder; upo trains decoder-only language models. Use another model.")
+        with _quiet():
+            net, loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
+                **options,
+            )
+    except UpoError:
+        raise
+    except Exception as error:  # transformers and what it calls raise of every kind
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{folder}: transformers cannot load this model ({reason}). Use another model, or update transformers.") from None
+    absent = sorted({*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])})
+    if absent:
+        raise ModelError(f"{folder}: the weights lack {_some(absent)}, or have them in another shape. The download is incomplete, or config.json is another model's.")
+    if loaded["unexpected_keys"]:
+        notes.append(f"model: weights that {type(net).__name__} does not use: {_some(sorted(loaded['unexpected_keys']))}.")
+    if not options:
+        net = net.to(device)
+    return net.requires_grad_(False).eval(), notes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bar and its report on the weights, which is told in our words."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    try:
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _nf4(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    from importlib.util import find_spec
+
+    if device.type != "cuda":
+        raise BackendError(f"quantize: nf4 needs CUDA, and this is {device.type}. Use quantize: none, or on MLX a model folder quantised by mlx-lm.")
+    if find_spec("bitsandbytes") is None:
+        raise BackendError('quantize: nf4 needs bitsandbytes: pip install "upo[quantized]"')
+    from transformers import BitsAndBytesConfig
+
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True)
+    return {"quantization_config": quantised, "device_map": {"": device.index}}
+
+
+def _without_dropout(config: dict[str, Any]) -> dict[str, Any]:
+    """Dropout off wherever a configuration names it: policy and reference must score alike, and the backends too."""
+    return {
+        key: _without_dropout(value) if isinstance(value, dict) else 0.0 if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")) else value
+        for key, value in config.items()
+    }
+
+
+def parameter_count(net: nn.Module) -> int:
+    """Weights of the network, packed quantised ones counted singly. Call it before adapters are added."""
+    return sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in net.parameters())
+
+
+def expand_targets(model: Model, targets: str | Sequence[str]) -> list[str]:
+    """Paths of the linear layers to adapt. `all-linear`: every one of the decoder; else names that paths end in.
+
+    Raises ModelError for a name that fits nothing, with what there is.
+    """
+    linears = list(model.linears())
+    names = [targets] if isinstance(targets, str) else list(targets)
+    there = sorted({path.rpartition(".")[2] for path in linears})
+    if not linears:
+        raise ModelError(f"adapter.targets: {type(model.net).__name__} has no linear layer that could carry an adapter. Use another model.")
+    if names == ["all-linear"]:
+        return linears
+    fits = {name: [path for path in linears if path == name or path.endswith(f".{name}")] for name in names}
+    if unknown := sorted(name for name, paths in fits.items() if not paths):
+        raise ModelError(f"adapter.targets: no linear layer of this model is called {', '.join(unknown)}. There are: {', '.join(there)}.")
+    return [path for path in linears if any(path in paths for paths in fits.values())]
+
+
+def family_notes(model: Model) -> list[str]:
+    """What a user should know about where the adapter sits."""
+    experts = {name.rpartition(".")[2] for name, p in model.net.named_parameters() if p.dim() == 3 and "expert" in name}
+    return ["adapter: the experts of this mixture-of-experts model carry no adapter; its other linear layers do."] if experts else []
+
+
+def check_fits(model: Model, adapter: Adapter, key: str) -> None:
+    """Raise ModelError, starting with the config key, unless every array of an adapter has its linear layer, of its shape."""
+    linears = model.linears()
+    if unknown := sorted(set(adapter.targets) - set(linears)):
+        raise ModelError(f"{key}: the adapter has weights for {_some(unknown)}, which this model does not have. Was it trained on another model?")
+    for path in adapter.targets:
+        shapes = (adapter.arrays[lora_name(path, "A")].shape[1], adapter.arrays[lora_name(path, "B")].shape[0])
+        own = (linears[path].in_features, linears[path].out_features)
+        if shapes != own:
+            raise ModelError(f"{key}: the adapter's {path} is for a layer of {shapes} (in, out); this model's is {own}. Was it trained on another model?")
+
+
+def fresh_arrays(model: Model, paths: Sequence[str], rank: int, seed: int) -> dict[str, np.ndarray]:
+    """Initial A (seeded by its PEFT name, equal on every backend) and B = 0 for these layers."""
+    linears, arrays = model.linears(), {}
+    for path in paths:
+        name = lora_name(path, "A")
+        arrays[name] = random.lora_a(rank, linears[path].in_features, seed, name)
+        arrays[lora_name(path, "B")] = np.zeros((linears[path].out_features, rank), np.float32)
+    return arrays
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
