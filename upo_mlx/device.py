@@ -28,14 +28,13 @@ def _use_fast_blas() -> str:
     """
     if sys.platform != "linux" or not _has("mlx-cpu"):
         return "of the platform"
-    if hasattr(ctypes.CDLL(None), "cblas_sgemm"):
+    if _has_blas(ctypes.CDLL(None)):
         return "loaded before this program (LD_PRELOAD)"
     if "mlx.core" in sys.modules:
         return "reference BLAS of the wheel: mlx was imported before upo_mlx"
     for path in _blas_candidates():
         try:
-            library = ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL)
-            if _real(library):
+            if _has_blas(ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL)):
                 ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
                 return path
         except OSError:
@@ -43,19 +42,19 @@ def _use_fast_blas() -> str:
     return "reference BLAS of the wheel"
 
 
-def _real(library: ctypes.CDLL) -> bool:
-    """Whether a library has cblas under its plain names and is not itself the reference implementation."""
-    marks = ("openblas_get_config", "mkl_get_version", "MKL_Get_Version")
-    return hasattr(library, "cblas_sgemm") and any(hasattr(library, mark) for mark in marks)
+def _has_blas(library: ctypes.CDLL) -> bool:
+    """Under plain names; the Fortran one will do (torch has only that), as the wheel's `cblas_sgemm` calls it."""
+    return hasattr(library, "cblas_sgemm") or hasattr(library, "sgemm_")
 
 
 def _blas_candidates() -> list[str]:
+    """Libraries that are not the reference BLAS, which a plain libblas.so.3 may be."""
     machine = f"{platform.machine()}-linux-gnu"
     found = [f"/usr/lib/{machine}/openblas-pthread/libblas.so.3", "libopenblas.so.0", str(Path(sys.prefix, "lib", "libopenblas.so.0"))]
     if _has("mkl"):
-        found += [str(f.locate()) for f in metadata.files("mkl") or [] if f.name.startswith("libmkl_rt.so")]
+        found += [os.path.normpath(str(f.locate())) for f in metadata.files("mkl") or [] if f.name.startswith("libmkl_rt.so")]
     if _has("torch"):
-        found += [str(f.locate()) for f in metadata.files("torch") or [] if f.name == "libtorch_cpu.so"]
+        found += [os.path.normpath(str(f.locate())) for f in metadata.files("torch") or [] if f.name == "libtorch_cpu.so"]
     return found
 
 

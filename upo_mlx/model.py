@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_map, tree_map_with_path
 
-from upo import random
 from upo.adapters import Adapter, lora_name
 from upo.errors import ModelError
-from upo.models import model_config
+from upo.models import model_config, short_rope
 from upo_mlx.device import mx, nn
 from upo_mlx.state import import_arrays
 
@@ -89,6 +88,10 @@ class Model:
                 outer = path.removesuffix(".linear")
                 found[outer if outer in self.loras else path] = module
         return dict(sorted(found.items()))
+
+    def dims(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of every linear layer of the decoder layers, by path."""
+        return {path: LoRALinear(layer).dims for path, layer in self.linears().items()}
 
     def add_loras(self, paths: Sequence[str]) -> None:
         """Wrap the linear layers at these paths, where they are not wrapped yet."""
@@ -217,8 +220,9 @@ def _put(parent: Any, name: str, layer: nn.Module) -> None:
     parent[int(name) if isinstance(parent, list) else name] = layer
 
 
-def load_base(folder: Path, dtype: Any) -> tuple[nn.Module, list[str]]:
-    """The frozen network of a folder that `upo.models.resolve` has checked, with its rope configuration repaired; and notes.
+def load_base(folder: Path, dtype: Any, tokens: int = 0) -> tuple[nn.Module, list[str]]:
+    """The frozen network of a folder that `upo.models.resolve` has checked, with its rope configuration repaired for sequences of up to
+    `tokens`; and notes.
 
     Every float array is cast to `dtype`, but for those a family keeps in float32; scales of quantised layers too, as MLX computes in
     their dtype. Raises ModelError.
@@ -226,6 +230,7 @@ def load_base(folder: Path, dtype: Any) -> tuple[nn.Module, list[str]]:
     from mlx_lm.utils import load_model
 
     config, notes = model_config(folder)
+    config, rope_notes = short_rope(config, tokens)
     try:
         net, _ = load_model(folder, model_config=config)
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, RuntimeError) as error:
@@ -236,25 +241,7 @@ def load_base(folder: Path, dtype: Any) -> tuple[nn.Module, list[str]]:
     net.freeze()
     net.eval()
     mx.eval(net.parameters())
-    return net, notes
-
-
-def expand_targets(model: Model, targets: str | Sequence[str]) -> list[str]:
-    """Paths of the linear layers to adapt. `all-linear`: every one of the decoder; else names that paths end in.
-
-    Raises ModelError for a name that fits nothing, with what there is.
-    """
-    linears = list(model.linears())
-    names = [targets] if isinstance(targets, str) else list(targets)
-    if not linears:
-        raise ModelError(f"adapter.targets: {model.net.__class__.__module__} has no linear layer that could carry an adapter. Use another model.")
-    if names == ["all-linear"]:
-        return linears
-    fits = {name: [path for path in linears if path == name or path.endswith(f".{name}")] for name in names}
-    if unknown := sorted(name for name, paths in fits.items() if not paths):
-        there = sorted({path.rpartition(".")[2] for path in linears})
-        raise ModelError(f"adapter.targets: no linear layer of this model is called {', '.join(unknown)}. There are: {', '.join(there)}.")
-    return [path for path in linears if any(path in paths for paths in fits.values())]
+    return net, notes + rope_notes
 
 
 def family_notes(model: Model) -> list[str]:
@@ -267,29 +254,7 @@ def family_notes(model: Model) -> list[str]:
     return notes
 
 
-def check_fits(model: Model, adapter: Adapter, key: str) -> None:
-    """Raise ModelError, starting with the config key, unless every array of an adapter has its linear layer, of its shape."""
-    linears = model.linears()
-    if unknown := sorted(set(adapter.targets) - set(linears)):
-        raise ModelError(f"{key}: the adapter has weights for {', '.join(unknown[:3])}, which this model does not have. Was it trained on another model?")
-    for path in adapter.targets:
-        layer = LoRALinear(linears[path])
-        shapes = (adapter.arrays[lora_name(path, "A")].shape[1], adapter.arrays[lora_name(path, "B")].shape[0])
-        if shapes != layer.dims:
-            raise ModelError(f"{key}: the adapter's {path} is for a layer of {shapes} (in, out); this model's is {layer.dims}. Was it trained on another model?")
-
-
 def lora_from(adapter: Adapter) -> LoRA:
     """An adapter read from disk, for `Model.using`."""
     return LoRA(import_arrays(adapter.arrays), adapter.scale)
 
-
-def fresh_arrays(model: Model, paths: Sequence[str], rank: int, seed: int) -> dict[str, Array]:
-    """Initial A (seeded by its PEFT name, equal on every backend) and B = 0 for these layers."""
-    arrays = {}
-    for path in paths:
-        inputs, outputs = model.loras[path].dims
-        name = lora_name(path, "A")
-        arrays[name] = random.lora_a(rank, inputs, seed, name)
-        arrays[lora_name(path, "B")] = np.zeros((outputs, rank), np.float32)
-    return import_arrays(arrays)

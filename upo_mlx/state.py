@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from upo.errors import RunError
 from upo_mlx.device import mx, to_numpy
 
 Array = mx.array
@@ -83,20 +82,3 @@ def import_arrays(arrays: Mapping[str, np.ndarray]) -> Arrays:
 
 def _is_lora(name: str) -> bool:
     return name.endswith((".lora_A.weight", ".lora_B.weight"))
-
-
-def check_like(given: Mapping[str, Mapping[str, np.ndarray]], own: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Raise RunError naming the first sections or arrays that are missing, unexpected or of another shape."""
-    for section in sorted({*given, *own}):
-        a, b = given.get(section, {}), own.get(section, {})
-        if missing := sorted(set(b) - set(a)):
-            raise RunError(f"checkpoint: {section} lacks {_some(missing)}. Was it written with another adapter, optimizer or objective?")
-        if extra := sorted(set(a) - set(b)):
-            raise RunError(f"checkpoint: {section} has {_some(extra)}, which this run does not. Was it written with another adapter, optimizer or objective?")
-        for name, array in b.items():
-            if np.shape(a[name]) != array.shape:
-                raise RunError(f"checkpoint: {section}: {name} has shape {list(np.shape(a[name]))}, this run's has {list(array.shape)}.")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

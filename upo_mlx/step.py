@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,23 @@ import numpy as np
 
 from upo import adapters, models
 from upo.backend import Comm, ModelInfo, Outcome, Sampling
-from upo.config import AdapterConfig, RunConfig
-from upo.data.batch import Batch, micro_batches
+from upo.config import RunConfig
+from upo.data.batch import Batch
 from upo.data.forest import Forest, Tokens, padded
-from upo.errors import BackendError, ConfigError, ModelError, NonFiniteError
+from upo.errors import BackendError, ConfigError
+from upo.learner import Part, check_finite, check_like, partner_logratio, parts_of
 from upo.losses.base import Scores
+from upo.targets import policy_adapter, reference_adapter
 from upo_mlx import device, generate, value
 from upo_mlx.device import MlxComm, mx, to_numpy
 from upo_mlx.logps import token_logps, token_logps_only
-from upo_mlx.model import BASE, LoRA, Model, check_fits, expand_targets, family_notes, fresh_arrays, load_base, lora_from
+from upo_mlx.model import BASE, LoRA, Model, family_notes, load_base, lora_from
 from upo_mlx.ops import ops
-from upo_mlx.state import Optimizer, check_like, clip, export_arrays, import_arrays
+from upo_mlx.state import Optimizer, clip, export_arrays, import_arrays
 
 Array = mx.array
 Arrays = dict[str, Array]
 HEAD = "value_head."
-
-
-@dataclass(frozen=True)
-class Part:
-    """A micro-batch of this rank, with its rows and completions as indices into the whole step's batch."""
-
-    batch: Batch
-    rows: list[int]
-    completions: np.ndarray
 
 
 def load_learner(config: RunConfig) -> MlxLearner:
@@ -47,12 +40,14 @@ def load_learner(config: RunConfig) -> MlxLearner:
     comm = MlxComm()
     device.share_threads(comm.size)
     folder = models.resolve(config.model, config.revision)
-    net, repaired = load_base(folder, dtype)
+    net, repaired = load_base(folder, dtype, config.train.max_length)
     model = Model(net)
-    start = None if config.adapter.start is None else adapters.read_adapter(config.adapter.start)
-    started = [] if start is None else [f"adapter: rank {start.rank}, scale {start.scale:g} and {len(start.targets)} layers, as in {config.adapter.start}"]
-    policy, paths = initial_policy(config, model, start)
-    reference = load_reference(config, model, policy)
+    dims = model.dims()
+    start, started = policy_adapter(config, dims)
+    reference = reference_adapter(config, dims, start)
+    for adapter in (start, reference):
+        model.add_loras(adapter.targets if adapter else ())
+    policy = lora_from(start)
     model.check()
     info = ModelInfo(
         name=config.model,
@@ -60,50 +55,11 @@ def load_learner(config: RunConfig) -> MlxLearner:
         device=where,
         parameters=parameter_count(net),
         trainable=sum(a.size for a in policy.arrays.values()),
-        targets=tuple(sorted({path.rpartition(".")[2] for path in paths})),
+        targets=tuple(sorted({path.rpartition(".")[2] for path in start.targets})),
         weights_hash=models.weights_hash(folder),
         notes=(*notes, *device.blas_notes(where), *repaired, *family_notes(model), *started),
     )
-    return MlxLearner(config, comm, model, policy, reference, info, folder)
-
-
-def initial_policy(config: RunConfig, model: Model, start: adapters.Adapter | None) -> tuple[LoRA, list[str]]:
-    """The adapter to train and the paths of its layers, which are wrapped. A start adapter brings its own rank, alpha and targets."""
-    if start is None:
-        paths = expand_targets(model, config.adapter.targets)
-        model.add_loras(paths)
-        return LoRA(fresh_arrays(model, paths, config.adapter.rank, config.train.seed), config.adapter.alpha / config.adapter.rank), paths
-    check_fits(model, start, "adapter.start")
-    if different := _differences(config.adapter, model, start):
-        raise ModelError(
-            f"adapter.{different[0]}: differs from that of adapter.start ({config.adapter.start}: rank {start.rank}, alpha {start.alpha:g}, "
-            f"{len(start.targets)} layers). Leave {', '.join(different)} out: a run goes on with what its start adapter has."
-        )
-    model.add_loras(start.targets)
-    return lora_from(start), list(start.targets)
-
-
-def _differences(wanted: AdapterConfig, model: Model, start: adapters.Adapter) -> list[str]:
-    """Options that ask for something else than the start adapter has; a default does not ask, even where a saved configuration spells it out."""
-    default = AdapterConfig()
-    asked = [key for key in ("rank", "alpha", "targets") if getattr(wanted, key) != getattr(default, key)]
-    has = {"rank": start.rank, "alpha": start.alpha, "targets": sorted(start.targets)}
-    wants = {"rank": wanted.rank, "alpha": wanted.alpha, "targets": sorted(expand_targets(model, wanted.targets)) if "targets" in asked else None}
-    return [key for key in asked if wants[key] != has[key]]
-
-
-def load_reference(config: RunConfig, model: Model, policy: LoRA) -> LoRA:
-    """`base`, `start`, or the adapter in a folder, whose layers are wrapped too."""
-    if config.reference == "base":
-        return BASE
-    if config.reference == "start":
-        if config.adapter.start is None:
-            raise ConfigError("reference: `start` is the adapter the run starts from, but adapter.start is not given. Use `base`, or give adapter.start.")
-        return policy
-    adapter = adapters.read_adapter(config.reference)
-    check_fits(model, adapter, "reference")
-    model.add_loras(adapter.targets)
-    return lora_from(adapter)
+    return MlxLearner(config, comm, model, policy, lora_from(reference) if reference else BASE, info, folder)
 
 
 def parameter_count(net: Any) -> int:
@@ -154,7 +110,7 @@ class MlxLearner:
 
     def score(self, batch: Batch) -> Outcome:
         """logp, partner_logp and value of a batch under the policy, shared between the ranks (every rank must call it)."""
-        parts = self._parts(batch)
+        parts = parts_of(batch, self.config.train.micro_batch_tokens, self.comm)
         logp, v = self._score_parts(batch, parts)
         return Outcome(logp, v, self._partner_logps(batch, parts))
 
@@ -164,11 +120,6 @@ class MlxLearner:
         hidden = _rows(self.model.hidden(mx.array(layout.ids)))
         tokens = score(self.model.head, hidden[mx.array(layout.src)], mx.array(layout.tgt))
         return ops.segment_sum(tokens, mx.array(layout.own), len(forest.completions)), hidden[mx.array(layout.value_src)]
-
-    def _parts(self, batch: Batch) -> list[Part]:
-        """This rank's micro-batches: r, r + W, ... Possibly none."""
-        rows = micro_batches(batch, self.config.train.micro_batch_tokens, at_least=self.comm.size)
-        return [Part(selected, part, kept) for part in rows[self.comm.rank :: self.comm.size] for selected, kept in [batch.select(part)]]
 
     def _score_parts(self, batch: Batch, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray | None]:
         """Whole-step logp [N] and value [R], without gradient."""
@@ -197,10 +148,9 @@ class MlxLearner:
 
     def step(self, batch: Batch, lr: float) -> Outcome:
         """One optimizer step on the whole batch. Raises NonFiniteError before any weight has changed."""
-        parts = self._parts(batch)
+        parts = parts_of(batch, self.config.train.micro_batch_tokens, self.comm)
         partner_logp = self._partner_logps(batch, parts)
-        check_finite(batch, partner_logp=partner_logp)
-        partner = None if partner_logp is None else partner_logp - _present(batch.partner_ref_logp, "partner_ref_logp")
+        partner = partner_logratio(batch, partner_logp)
 
         weights = self._coefficients(batch, parts, partner) if self.objective.coupled else None
         logp, v = np.zeros(len(batch.label), np.float32), np.zeros(len(batch.origins), np.float32)
@@ -331,23 +281,6 @@ class MlxLearner:
         return device.peak_memory_gb(self.info.device)
 
 
-def check_finite(batch: Batch, logp: Any = None, partner_logp: Any = None, value: Any = None, gradient: Any = None) -> None:
-    """Raise NonFiniteError naming the step and the rows at fault; all of the step's rows if only the gradient is not finite."""
-    bad: set[int] = set()
-    for scores in (logp, partner_logp):
-        if scores is not None:
-            bad |= {int(batch.forest.owner[i]) for i in np.flatnonzero(~np.isfinite(scores))}
-    if value is not None:
-        bad |= {int(i) for i in np.flatnonzero(~np.isfinite(value))}
-    finite_gradient = gradient is None or bool(np.isfinite(gradient).all())
-    if not bad and finite_gradient:
-        return
-    what = "scores that are not finite" if bad else "a gradient that is not finite"
-    rows = sorted({batch.origins[i] for i in bad or range(len(batch.origins))})
-    shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-    raise NonFiniteError(f"step {batch.step + 1}: {what}, in rows {shown}. No weight was changed by this step. Lower optimizer.lr, or look at these rows.")
-
-
 def _fixed_scores(batch: Batch, partner: np.ndarray | None) -> Scores:
     """The scores of a batch as MLX arrays, all but logp and value."""
     return batch.scores(np.zeros(len(batch.label), np.float32), None, partner).map(mx.array, mx.array)
@@ -356,8 +289,3 @@ def _fixed_scores(batch: Batch, partner: np.ndarray | None) -> Scores:
 def _rows(hidden: Array) -> Array:
     return hidden.reshape(-1, hidden.shape[-1])
 
-
-def _present(array: np.ndarray | None, name: str) -> np.ndarray:
-    if array is None:
-        raise ValueError(f"the batch has partners but no {name}")
-    return array

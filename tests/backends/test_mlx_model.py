@@ -25,9 +25,11 @@ from upo.data.batch import Example, collate  # noqa: E402
 from upo.data.forest import Forest  # noqa: E402
 from upo.errors import BackendError, ModelError  # noqa: E402
 from upo.sampling import pick  # noqa: E402
+from upo.targets import expand_targets, fresh_arrays  # noqa: E402
 from upo_mlx import device  # noqa: E402
 from upo_mlx.logps import token_logps  # noqa: E402
-from upo_mlx.model import LoRA, LoRALinear, Model, expand_targets, fresh_arrays, load_base  # noqa: E402
+from upo_mlx.model import LoRA, LoRALinear, Model, load_base  # noqa: E402
+from upo_mlx.state import import_arrays  # noqa: E402
 
 
 def load(folder, **sections):
@@ -155,11 +157,11 @@ def test_families_head_and_recomputation(family):
     arch = importlib.import_module(f"mlx_lm.models.{family}")
     mx.random.seed(0)
     model = Model(arch.Model(arch.ModelArgs.from_dict({**FAMILY, "model_type": family, **FAMILIES[family]})))
-    paths = expand_targets(model, "all-linear")
+    paths = expand_targets(model.dims(), "all-linear")
     model.add_loras(paths)
     model.check()
     rng = np.random.default_rng(0)
-    arrays = {k: mx.array((0.2 * rng.standard_normal(a.shape)).astype(np.float32)) for k, a in fresh_arrays(model, paths, 2, 0).items()}
+    arrays = {k: mx.array((0.2 * rng.standard_normal(a.shape)).astype(np.float32)) for k, a in import_arrays(fresh_arrays(model.dims(), paths, 2, 0)).items()}
     ids, targets = mx.array(rng.integers(0, 90, (2, 12))), mx.array(rng.integers(0, 90, 24))
 
     def plain(arrays):
@@ -284,6 +286,15 @@ def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux" or device.has_gpu(), reason="the BLAS matters to MLX on Linux CPUs")
+def test_a_real_blas_takes_the_place_of_the_wheels():
+    report = "from upo_mlx import device; print(device.BLAS, device.matmul_rate(), sep='|')"
+    (_, slow), (found, fast) = (run_python(first + report).strip().split("|") for first in ("import mlx.core; ", ""))
+    if found.startswith("reference"):
+        pytest.skip("no OpenBLAS, mkl or torch here")
+    assert float(fast) > 4 * float(slow)  # about 20 times on an idle machine
 
 
 def test_importing_the_package_needs_no_mlx():

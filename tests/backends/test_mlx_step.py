@@ -249,6 +249,17 @@ def test_clipping_bounds_the_adapter_alone(tiny_llama):
     assert squares[False] ** 0.5 == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_head_has_a_learning_rate_of_its_own(tiny_llama):
+    learner = make_learner(tiny_llama, UPO)
+    shake(learner)
+    batch = with_reference(learner, examples())
+    before = learner.state()
+    learner.step(batch, 1e-2)
+    after = learner.state()
+    moved = {k: max(np.abs(after[k][n] - a).max() for n, a in before[k].items()) for k in ("adapter", "value_head")}
+    assert moved == {"adapter": pytest.approx(1e-2, rel=1e-3), "value_head": pytest.approx(1e-4, rel=1e-2)}  # AdamW's first step is lr
+
+
 def test_state_round_trip_is_bitwise(tiny_llama):
     first, second = (make_learner(tiny_llama, UPO, train={"seed": seed}) for seed in (0, 1))
     batch = with_reference(first, examples())
@@ -322,6 +333,7 @@ def test_references(tiny_llama, tmp_path):
     assert other.info.targets == ("down_proj",)
     with pytest.raises(RuntimeError), other.model.using(other.reference):
         raise RuntimeError
+    assert all(layer.lora_a is None for layer in other.model.loras.values())
     np.testing.assert_array_equal(other.logps(forest), base)
 
     with pytest.raises(ModelError, match=r"adapter.rank: differs .* rank 4"):

@@ -17,7 +17,7 @@ FUNCTION_WORDS = frozenset(
     with without would you your""".split()
 )
 _END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
-_LIST_NUMBER = re.compile(r"(?:^|\s)\(?\d{1,2}\.$")
+_NO_END = re.compile(r"(?:^|[\s(\"“])(?:\d{1,2}|Mr|Mrs|Ms|Dr|St|vs|etc|e\.g|i\.e)\.$")
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Pair:
 def whole_sentences(text: str, ended: bool) -> str | None:
     """The text up to its last complete sentence, so that the end of turn after it is true; None if there is none.
 
-    `ended`: the model itself ended here, so nothing is cut. The number of a list item ("2.") does not end a sentence.
+    `ended`: the model itself ended here, so nothing is cut. The number of a list item ("2.") or an abbreviation ("Mr.") does not end a sentence.
     """
     text = text.strip()
     if ended:
         return text or None
-    ends = [m.end() for m in _END.finditer(text) if not _LIST_NUMBER.search(text[: m.end()])]
+    ends = [m.end() for m in _END.finditer(text) if not _NO_END.search(text[: m.end()])]
     return text[: ends[-1]] if ends else None
 
 
