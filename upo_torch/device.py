@@ -137,9 +137,9 @@ class TorchComm:
             return
         self._device = device
         if not dist.is_initialized():
-            on_gpu = {"device_id": device} if device.type == "cuda" else {}
+            on_gpu = device.type == "cuda"
             # A rank may wait for another to download a model, so the limit is long.
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **on_gpu)
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2), device_id=device if on_gpu else None)
             atexit.register(_stop)
 
     def all_sum(self, array: np.ndarray) -> np.ndarray:

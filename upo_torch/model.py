@@ -19,6 +19,7 @@ from upo import random
 from upo.adapters import Adapter, lora_name
 from upo.errors import BackendError, ConfigError, ModelError, UpoError
 from upo.models import is_quantized_mlx, model_config
+from upo_torch.state import some
 
 POLICY, REFERENCE = "default", "reference"  # PEFT's names of the two adapters
 
@@ -57,7 +58,7 @@ class Model:
     `policy` holds the float32 masters that are trained, by PEFT parameter name; without `add_policy` it is empty.
     """
 
-    def __init__(self, net: nn.Module, device: torch.device) -> None:
+    def __init__(self, net: Any, device: torch.device) -> None:
         self.net, self.device = net, device
         self.decoder, self.head = _split(net)
         self.policy: dict[str, nn.Parameter] = {}
@@ -71,14 +72,13 @@ class Model:
         return int(self.net.config.get_text_config().num_hidden_layers)
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Every linear layer of the decoder but head and embeddings, by path; of an adapted one, the layer beneath."""
+        """Every linear layer of the decoder, which excludes the head, by path; of an adapted one, the layer beneath."""
         prefix = next(name for name, module in self.net.named_modules() if module is self.decoder)
         found: dict[str, nn.Linear] = {}
         for name, module in self.net.named_modules():
             parts = name.split(".")
-            if not name.startswith(f"{prefix}.") or not isinstance(module, nn.Linear) or module is self.head.linear:
-                continue
-            found[".".join(parts[:-1]) if parts[-1] == "base_layer" else name] = module
+            if name.startswith(f"{prefix}.") and isinstance(module, nn.Linear):
+                found[".".join(parts[:-1]) if parts[-1] == "base_layer" else name] = module
         return dict(sorted(found.items()))
 
     def add_policy(self, paths: Sequence[str], rank: int, scale: float, arrays: Mapping[str, np.ndarray]) -> None:
@@ -94,12 +94,12 @@ class Model:
     def _add(self, name: str, paths: Sequence[str], rank: int, scale: float, arrays: Mapping[str, np.ndarray]) -> dict[str, nn.Parameter]:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=list(paths), task_type="CAUSAL_LM")  # type: ignore[arg-type]
+        config: Any = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=list(paths), task_type="CAUSAL_LM")  # type: ignore[arg-type]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has renamed
             # PEFT's matrices stay on the meta device, drawing no random numbers, and are replaced below.
             if self._peft is None:
-                self._peft = get_peft_model(self.net, config, adapter_name=name, autocast_adapter_dtype=False, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+                self._peft = get_peft_model(self.net, config, adapter_name=name, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
             else:
                 self._peft.add_adapter(name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         params = {}
@@ -165,9 +165,9 @@ class Model:
             )
 
 
-def _split(net: nn.Module) -> tuple[nn.Module, Head]:
+def _split(net: Any) -> tuple[nn.Module, Head]:
     """Decoder and head of a causal language model."""
-    decoder, linear, config = net.get_decoder(), net.get_output_embeddings(), net.config.get_text_config()  # type: ignore[operator, union-attr]
+    decoder, linear, config = net.get_decoder(), net.get_output_embeddings(), net.config.get_text_config()
     if decoder is net or not isinstance(linear, nn.Linear):
         raise ModelError(f"model: {type(net).__name__} has no decoder and linear output layer that upo can tell apart. Use another model.")
     scale = float(getattr(config, "logit_scale", None) or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1.0)
@@ -175,7 +175,7 @@ def _split(net: nn.Module) -> tuple[nn.Module, Head]:
     return decoder, Head(linear, linear.out_features, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> tuple[nn.Module, list[str]]:
+def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> tuple[Any, list[str]]:
     """The frozen network of a folder that `upo.models.resolve` has checked, with its rope configuration repaired; and notes.
 
     Raises ModelError, or BackendError for a quantisation that this device does not have.
@@ -196,7 +196,8 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
         if config.is_encoder_decoder:
             raise ModelError(f"{folder}: {kind} is an encoder-decoder; upo trains decoder-only language models. Use another model.")
         with _quiet():
-            net, loaded = AutoModelForCausalLM.from_pretrained(
+            load: Any = AutoModelForCausalLM.from_pretrained
+            net, loaded = load(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -214,9 +215,9 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
         raise ModelError(f"{folder}: transformers cannot load this model ({reason}). Use another model, or update transformers.") from None
     absent = sorted({*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])})
     if absent:
-        raise ModelError(f"{folder}: the weights lack {_some(absent)}, or have them in another shape. The download is incomplete, or config.json is another model's.")
+        raise ModelError(f"{folder}: the weights lack {some(absent)}, or have them in another shape. The download is incomplete, or config.json is another model's.")
     if loaded["unexpected_keys"]:
-        notes.append(f"model: weights that {type(net).__name__} does not use: {_some(sorted(loaded['unexpected_keys']))}.")
+        notes.append(f"model: weights that {type(net).__name__} does not use: {some(sorted(loaded['unexpected_keys']))}.")
     if not options:
         net = net.to(device)
     return net.requires_grad_(False).eval(), notes
@@ -241,7 +242,7 @@ def _quiet() -> Iterator[None]:
 def _nf4(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     from importlib.util import find_spec
 
-    if device.type != "cuda":
+    if device.type != "cuda":  # on CPUs bitsandbytes repacks the weights for inference, and then returns a wrong gradient without an error
         raise BackendError(f"quantize: nf4 needs CUDA, and this is {device.type}. Use quantize: none, or on MLX a model folder quantised by mlx-lm.")
     if find_spec("bitsandbytes") is None:
         raise BackendError('quantize: nf4 needs bitsandbytes: pip install "upo[quantized]"')
@@ -253,13 +254,11 @@ def _nf4(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 def _without_dropout(config: dict[str, Any]) -> dict[str, Any]:
     """Dropout off wherever a configuration names it: policy and reference must score alike, and the backends too."""
-    return {
-        key: _without_dropout(value) if isinstance(value, dict) else 0.0 if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")) else value
-        for key, value in config.items()
-    }
+    off = {key: 0.0 for key, value in config.items() if "drop" in key and isinstance(value, float)}  # ..._dropout, resid_pdrop, layerdrop
+    return {key: _without_dropout(value) if isinstance(value, dict) else value for key, value in {**config, **off}.items()}
 
 
-def parameter_count(net: nn.Module) -> int:
+def parameter_count(net: Any) -> int:
     """Weights of the network, packed quantised ones counted singly. Call it before adapters are added."""
     return sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in net.parameters())
 
@@ -284,15 +283,19 @@ def expand_targets(model: Model, targets: str | Sequence[str]) -> list[str]:
 
 def family_notes(model: Model) -> list[str]:
     """What a user should know about where the adapter sits."""
-    experts = {name.rpartition(".")[2] for name, p in model.net.named_parameters() if p.dim() == 3 and "expert" in name}
-    return ["adapter: the experts of this mixture-of-experts model carry no adapter; its other linear layers do."] if experts else []
+    notes = []
+    if any(p.dim() == 3 and "expert" in name for name, p in model.net.named_parameters()):
+        notes.append("adapter: the experts of this mixture-of-experts model carry no adapter; its other linear layers do.")
+    if model.net.config._attn_implementation == "eager":
+        notes.append(f"attention: transformers has no fused kernel for {type(model.net).__name__}; memory grows with the square of the length.")
+    return notes
 
 
 def check_fits(model: Model, adapter: Adapter, key: str) -> None:
     """Raise ModelError, starting with the config key, unless every array of an adapter has its linear layer, of its shape."""
     linears = model.linears()
     if unknown := sorted(set(adapter.targets) - set(linears)):
-        raise ModelError(f"{key}: the adapter has weights for {_some(unknown)}, which this model does not have. Was it trained on another model?")
+        raise ModelError(f"{key}: the adapter has weights for {some(unknown)}, which this model does not have. Was it trained on another model?")
     for path in adapter.targets:
         shapes = (adapter.arrays[lora_name(path, "A")].shape[1], adapter.arrays[lora_name(path, "B")].shape[0])
         own = (linears[path].in_features, linears[path].out_features)
@@ -308,7 +311,3 @@ def fresh_arrays(model: Model, paths: Sequence[str], rank: int, seed: int) -> di
         arrays[name] = random.lora_a(rank, linears[path].in_features, seed, name)
         arrays[lora_name(path, "B")] = np.zeros((linears[path].out_features, rank), np.float32)
     return arrays
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

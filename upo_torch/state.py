@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -76,13 +76,14 @@ def check_like(given: Mapping[str, Mapping[str, np.ndarray]], own: Mapping[str, 
     for section in sorted({*given, *own}):
         a, b = given.get(section, {}), own.get(section, {})
         if missing := sorted(set(b) - set(a)):
-            raise RunError(f"checkpoint: {section} lacks {_some(missing)}. Was it written with another adapter, optimizer or objective?")
+            raise RunError(f"checkpoint: {section} lacks {some(missing)}. Was it written with another adapter, optimizer or objective?")
         if extra := sorted(set(a) - set(b)):
-            raise RunError(f"checkpoint: {section} has {_some(extra)}, which this run does not. Was it written with another adapter, optimizer or objective?")
+            raise RunError(f"checkpoint: {section} has {some(extra)}, which this run does not. Was it written with another adapter, optimizer or objective?")
         for name, array in b.items():
             if np.shape(a[name]) != array.shape:
                 raise RunError(f"checkpoint: {section}: {name} has shape {list(np.shape(a[name]))}, this run's has {list(array.shape)}.")
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

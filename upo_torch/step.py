@@ -136,9 +136,8 @@ class TorchLearner:
     @torch.no_grad()
     def score(self, batch: Batch) -> Outcome:
         """logp, partner_logp and value of a batch under the policy, shared between the ranks (every rank must call it)."""
-        parts = self._parts(batch)
-        logp, v = self._score_parts(batch, parts)
-        return Outcome(logp, v, self._partner_logps(batch, parts))
+        logp, v = self._score_parts(batch, self._parts(batch))
+        return Outcome(logp, v, self._partner_logps(batch))
 
     def _scores(self, forest: Forest) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed log-probs [N] and the hidden states at the last prompt tokens [R, H]."""
@@ -168,25 +167,24 @@ class TorchLearner:
         return logp, v if self.head else None
 
     @torch.no_grad()
-    def _partner_logps(self, batch: Batch, parts: Sequence[Part]) -> np.ndarray | None:
-        """Whole-step log-probs [N] of KTO's partners, without gradient."""
+    def _partner_logps(self, batch: Batch) -> np.ndarray | None:
+        """Whole-step log-probs [N] of KTO's partners, without gradient, in micro-batches of their own: their lengths are others."""
         if batch.partners is None:
             return None
         logp = np.zeros(len(batch.label), np.float32)
-        for part in parts:
-            assert part.batch.partners is not None
-            logp[part.completions] = to_numpy(self._scores(part.batch.partners)[0])
+        for part in self._parts(replace(batch, forest=batch.partners, partners=None)):
+            logp[part.completions] = to_numpy(self._scores(part.batch.forest)[0])
         return self.comm.all_sum(logp)
 
     # --- Training -----------------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, lr: float) -> Outcome:
         """One optimizer step on the whole batch. Raises NonFiniteError before any weight has changed."""
-        parts = self._parts(batch)
-        partner_logp = self._partner_logps(batch, parts)
+        partner_logp = self._partner_logps(batch)
         check_finite(batch, partner_logp=partner_logp)
         partner = None if partner_logp is None else partner_logp - _present(batch.partner_ref_logp, "partner_ref_logp")
 
+        parts = self._parts(batch)
         weights = self._coefficients(batch, parts, partner) if self.objective.coupled else None
         optimizers = [self.optimizer] + ([self.head_optimizer] if self.head_optimizer else [])
         for optimizer in optimizers:

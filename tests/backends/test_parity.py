@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("torch", reason="parity needs both backends: torch is not installed")
 pytest.importorskip("mlx.core", reason="parity needs both backends: mlx is not installed")
 
-from upo.backend import get_backend  # noqa: E402
-from upo.config import load_config  # noqa: E402
-from upo.data.batch import Example, collate  # noqa: E402
-from upo.numpy_ops import ops  # noqa: E402
+from upo.backend import get_backend
+from upo.config import load_config
+from upo.data.batch import Example, collate
+from upo.numpy_ops import ops
 
 STEPS, ROWS = 20, 4
 OPTIMIZERS = {"adamw": {"name": "adamw", "lr": 1e-3}, "rmsprop": {"name": "rmsprop", "lr": 1e-4}}

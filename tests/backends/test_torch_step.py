@@ -203,9 +203,13 @@ def test_recomputation_gives_the_same_gradient(tiny_llama):
     learner = make_learner(tiny_llama, UPO)
     shake(learner)
     batch = with_reference(learner, examples())
+    calls: list[int] = []
+    learner.model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     plain, one = gradient(learner, batch, limit_for(batch, 3))
+    before = len(calls)
     learner.config = learner.config.model_copy(update={"train": learner.config.train.model_copy(update={"gradient_checkpointing": True})})
     again, two = gradient(learner, batch, limit_for(batch, 3))
+    assert len(calls) - before == before + 3  # once more for each of the three micro-batches
     assert difference(plain, again) < 1e-6
     np.testing.assert_array_equal(one.logp, two.logp)
 
@@ -341,14 +345,15 @@ def test_references(tiny_llama, tmp_path):
     assert np.abs(start.logps(forest) - policy).min() > 1e-4
 
     other = make_learner(tiny_llama, "dpo", adapter={"targets": ["down_proj"]}, reference=str(tmp_path / "a"))
+    trainable = {name for name, p in other.model.net.named_parameters() if p.requires_grad}
+    assert len(trainable) == 4 and all("down_proj" in name for name in trainable)
     np.testing.assert_array_equal(other.logps(forest, reference=True), policy)
     np.testing.assert_array_equal(other.logps(forest), base)  # B = 0, and the reference's layers are plain again
     assert other.info.targets == ("down_proj",)
     with pytest.raises(RuntimeError), other.model.reference():
         raise RuntimeError
     np.testing.assert_array_equal(other.logps(forest), base)
-    trainable = {name for name, p in other.model.net.named_parameters() if p.requires_grad}
-    assert len(trainable) == 4 and all("down_proj" in name for name in trainable)
+    assert {name for name, p in other.model.net.named_parameters() if p.requires_grad} == trainable
 
     with pytest.raises(ModelError, match=r"adapter.rank: differs .* rank 4"):
         make_learner(tiny_llama, "dpo", adapter={"start": str(tmp_path / "a"), "rank": 8})
