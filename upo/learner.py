@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +28,12 @@ def parts_of(batch: Batch, limit: int, comm: Comm) -> list[Part]:
     """This rank's micro-batches of at most `limit` padded tokens: r, r + W, ... Possibly none."""
     rows = micro_batches(batch, limit, at_least=comm.size)
     return [Part(selected, part, kept) for part in rows[comm.rank :: comm.size] for selected, kept in [batch.select(part)]]
+
+
+def partners_of(batch: Batch) -> Batch:
+    """KTO's partners as a batch of their own, for micro-batches of their own: one long partner would pad a whole batch of short rows."""
+    assert batch.partners is not None
+    return replace(batch, forest=batch.partners, partners=None)
 
 
 def partner_logratio(batch: Batch, partner_logp: np.ndarray | None) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from upo.config import RunConfig
 from upo.data.batch import Batch
 from upo.data.forest import Forest, Tokens, padded
 from upo.errors import BackendError, ConfigError
-from upo.learner import Part, check_finite, check_like, partner_logratio, parts_of
+from upo.learner import Part, check_finite, check_like, partner_logratio, partners_of, parts_of
 from upo.losses.base import Scores
 from upo.targets import policy_adapter, reference_adapter
 from upo_mlx import device, generate, value
@@ -112,7 +112,7 @@ class MlxLearner:
         """logp, partner_logp and value of a batch under the policy, shared between the ranks (every rank must call it)."""
         parts = parts_of(batch, self.config.train.micro_batch_tokens, self.comm)
         logp, v = self._score_parts(batch, parts)
-        return Outcome(logp, v, self._partner_logps(batch, parts))
+        return Outcome(logp, v, self._partner_logps(batch))
 
     def _scores(self, forest: Forest, score: Callable[[Any, Array, Array], Array]) -> tuple[Array, Array]:
         """Summed log-probs [N] and the hidden states at the last prompt tokens [R, H]."""
@@ -133,15 +133,14 @@ class MlxLearner:
         logp, v = np.split(self.comm.all_sum(np.concatenate([logp, v])), [len(logp)])
         return logp, v if self.head else None
 
-    def _partner_logps(self, batch: Batch, parts: Sequence[Part]) -> np.ndarray | None:
+    def _partner_logps(self, batch: Batch) -> np.ndarray | None:
         """Whole-step log-probs [N] of KTO's partners, without gradient."""
         if batch.partners is None:
             return None
         logp = np.zeros(len(batch.label), np.float32)
         with self.model.using(self.policy):
-            for part in parts:
-                assert part.batch.partners is not None
-                logp[part.completions] = np.array(self._scores(part.batch.partners, token_logps_only)[0])
+            for part in parts_of(partners_of(batch), self.config.train.micro_batch_tokens, self.comm):
+                logp[part.completions] = np.array(self._scores(part.batch.forest, token_logps_only)[0])
         return self.comm.all_sum(logp)
 
     # --- Training -----------------------------------------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ class MlxLearner:
     def step(self, batch: Batch, lr: float) -> Outcome:
         """One optimizer step on the whole batch. Raises NonFiniteError before any weight has changed."""
         parts = parts_of(batch, self.config.train.micro_batch_tokens, self.comm)
-        partner_logp = self._partner_logps(batch, parts)
+        partner_logp = self._partner_logps(batch)
         partner = partner_logratio(batch, partner_logp)
 
         weights = self._coefficients(batch, parts, partner) if self.objective.coupled else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +15,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from upo import random
 from upo.adapters import Adapter, lora_name
 from upo.errors import BackendError, ConfigError, ModelError, UpoError
 from upo.models import is_quantized_mlx, model_config
-from upo_torch.state import some
+from upo.targets import some
 
 POLICY, REFERENCE = "default", "reference"  # PEFT's names of the two adapters
 
@@ -81,20 +80,24 @@ class Model:
                 found[".".join(parts[:-1]) if parts[-1] == "base_layer" else name] = module
         return dict(sorted(found.items()))
 
-    def add_policy(self, paths: Sequence[str], rank: int, scale: float, arrays: Mapping[str, np.ndarray]) -> None:
-        """The adapter to train, on the linear layers at these paths."""
-        self.policy, self.scale = self._add(POLICY, paths, rank, scale, arrays), scale
+    def dims(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of every linear layer of the decoder, by path."""
+        return {path: (layer.in_features, layer.out_features) for path, layer in self.linears().items()}
+
+    def add_policy(self, adapter: Adapter) -> None:
+        """The adapter to train."""
+        self.policy, self.scale = self._add(POLICY, adapter), adapter.scale
 
     def add_reference(self, adapter: Adapter) -> None:
         """A second, frozen adapter, in use inside `reference()` only."""
-        self._add(REFERENCE, adapter.targets, adapter.rank, adapter.scale, adapter.arrays)
+        self._add(REFERENCE, adapter)
         self._has_reference = True
         self._peft.set_adapter(POLICY)
 
-    def _add(self, name: str, paths: Sequence[str], rank: int, scale: float, arrays: Mapping[str, np.ndarray]) -> dict[str, nn.Parameter]:
+    def _add(self, name: str, adapter: Adapter) -> dict[str, nn.Parameter]:
         from peft import LoraConfig, get_peft_model
 
-        config: Any = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=list(paths), task_type="CAUSAL_LM")  # type: ignore[arg-type]
+        config: Any = LoraConfig(r=adapter.rank, lora_alpha=adapter.scale * adapter.rank, target_modules=list(adapter.targets), task_type="CAUSAL_LM")  # type: ignore[arg-type]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has renamed
             # PEFT's matrices stay on the meta device, drawing no random numbers, and are replaced below.
@@ -103,11 +106,11 @@ class Model:
             else:
                 self._peft.add_adapter(name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         params = {}
-        for path in paths:
+        for path in adapter.targets:
             layer: Any = self.net.get_submodule(path)
             layer.cast_input_dtype_enabled = False
             for side, matrices in (("A", layer.lora_A), ("B", layer.lora_B)):
-                matrices[name] = LowRank(arrays[lora_name(path, side)], self.device)
+                matrices[name] = LowRank(adapter.arrays[lora_name(path, side)], self.device)
                 params[lora_name(path, side)] = matrices[name].weight
         return params
 
@@ -263,24 +266,6 @@ def parameter_count(net: Any) -> int:
     return sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in net.parameters())
 
 
-def expand_targets(model: Model, targets: str | Sequence[str]) -> list[str]:
-    """Paths of the linear layers to adapt. `all-linear`: every one of the decoder; else names that paths end in.
-
-    Raises ModelError for a name that fits nothing, with what there is.
-    """
-    linears = list(model.linears())
-    names = [targets] if isinstance(targets, str) else list(targets)
-    there = sorted({path.rpartition(".")[2] for path in linears})
-    if not linears:
-        raise ModelError(f"adapter.targets: {type(model.net).__name__} has no linear layer that could carry an adapter. Use another model.")
-    if names == ["all-linear"]:
-        return linears
-    fits = {name: [path for path in linears if path == name or path.endswith(f".{name}")] for name in names}
-    if unknown := sorted(name for name, paths in fits.items() if not paths):
-        raise ModelError(f"adapter.targets: no linear layer of this model is called {', '.join(unknown)}. There are: {', '.join(there)}.")
-    return [path for path in linears if any(path in paths for paths in fits.values())]
-
-
 def family_notes(model: Model) -> list[str]:
     """What a user should know about where the adapter sits."""
     notes = []
@@ -289,25 +274,3 @@ def family_notes(model: Model) -> list[str]:
     if model.net.config._attn_implementation == "eager":
         notes.append(f"attention: transformers has no fused kernel for {type(model.net).__name__}; memory grows with the square of the length.")
     return notes
-
-
-def check_fits(model: Model, adapter: Adapter, key: str) -> None:
-    """Raise ModelError, starting with the config key, unless every array of an adapter has its linear layer, of its shape."""
-    linears = model.linears()
-    if unknown := sorted(set(adapter.targets) - set(linears)):
-        raise ModelError(f"{key}: the adapter has weights for {some(unknown)}, which this model does not have. Was it trained on another model?")
-    for path in adapter.targets:
-        shapes = (adapter.arrays[lora_name(path, "A")].shape[1], adapter.arrays[lora_name(path, "B")].shape[0])
-        own = (linears[path].in_features, linears[path].out_features)
-        if shapes != own:
-            raise ModelError(f"{key}: the adapter's {path} is for a layer of {shapes} (in, out); this model's is {own}. Was it trained on another model?")
-
-
-def fresh_arrays(model: Model, paths: Sequence[str], rank: int, seed: int) -> dict[str, np.ndarray]:
-    """Initial A (seeded by its PEFT name, equal on every backend) and B = 0 for these layers."""
-    linears, arrays = model.linears(), {}
-    for path in paths:
-        name = lora_name(path, "A")
-        arrays[name] = random.lora_a(rank, linears[path].in_features, seed, name)
-        arrays[lora_name(path, "B")] = np.zeros((linears[path].out_features, rank), np.float32)
-    return arrays

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-
-from upo.errors import RunError
 
 Arrays = dict[str, np.ndarray]
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
@@ -69,21 +67,3 @@ def import_arrays(params: Mapping[str, torch.Tensor], arrays: Mapping[str, np.nd
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """A float32 NumPy copy of a tensor on any device."""
     return tensor.detach().to("cpu", torch.float32, copy=True).numpy()
-
-
-def check_like(given: Mapping[str, Mapping[str, np.ndarray]], own: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Raise RunError naming the first sections or arrays that are missing, unexpected or of another shape."""
-    for section in sorted({*given, *own}):
-        a, b = given.get(section, {}), own.get(section, {})
-        if missing := sorted(set(b) - set(a)):
-            raise RunError(f"checkpoint: {section} lacks {some(missing)}. Was it written with another adapter, optimizer or objective?")
-        if extra := sorted(set(a) - set(b)):
-            raise RunError(f"checkpoint: {section} has {some(extra)}, which this run does not. Was it written with another adapter, optimizer or objective?")
-        for name, array in b.items():
-            if np.shape(a[name]) != array.shape:
-                raise RunError(f"checkpoint: {section}: {name} has shape {list(np.shape(a[name]))}, this run's has {list(array.shape)}.")
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,21 @@ import torch
 
 from upo import adapters, models
 from upo.backend import ModelInfo, Outcome, Sampling
-from upo.config import AdapterConfig, RunConfig
-from upo.data.batch import Batch, micro_batches
+from upo.config import RunConfig
+from upo.data.batch import Batch
 from upo.data.forest import Forest, Layout, Tokens, padded
-from upo.errors import ConfigError, ModelError, NonFiniteError
+from upo.errors import ConfigError
+from upo.learner import Part, check_finite, check_like, partner_logratio, partners_of, parts_of
 from upo.losses.base import Scores
+from upo.targets import policy_adapter, reference_adapter
 from upo_torch import device, generate, value
 from upo_torch.device import TorchComm
 from upo_torch.logps import token_logps
-from upo_torch.model import Model, check_fits, expand_targets, family_notes, fresh_arrays, load_base, parameter_count
+from upo_torch.model import Model, family_notes, load_base, parameter_count
 from upo_torch.ops import ops
-from upo_torch.state import Optimizer, check_like, export_arrays, import_arrays, to_numpy
+from upo_torch.state import Optimizer, export_arrays, import_arrays, to_numpy
 
 HEAD = "value_head."
-
-
-@dataclass(frozen=True)
-class Part:
-    """A micro-batch of this rank, with its rows and completions as indices into the whole step's batch."""
-
-    batch: Batch
-    rows: list[int]
-    completions: np.ndarray
 
 
 def load_learner(config: RunConfig) -> TorchLearner:
@@ -64,39 +57,13 @@ def load_learner(config: RunConfig) -> TorchLearner:
 
 
 def add_adapters(config: RunConfig, model: Model) -> list[str]:
-    """The adapter to train and, unless it is the base, the reference; returns notes. A start adapter brings its own rank, alpha and targets."""
-    wanted, notes, start = config.adapter, [], None
-    if wanted.start is None:
-        paths = expand_targets(model, wanted.targets)
-        model.add_policy(paths, wanted.rank, wanted.alpha / wanted.rank, fresh_arrays(model, paths, wanted.rank, config.train.seed))
-    else:
-        start = adapters.read_adapter(wanted.start)
-        check_fits(model, start, "adapter.start")
-        if different := _differences(wanted, model, start):
-            raise ModelError(
-                f"adapter.{different[0]}: differs from that of adapter.start ({wanted.start}: rank {start.rank}, alpha {start.alpha:g}, "
-                f"{len(start.targets)} layers). Leave {', '.join(different)} out: a run goes on with what its start adapter has."
-            )
-        model.add_policy(start.targets, start.rank, start.scale, start.arrays)
-        notes.append(f"adapter: rank {start.rank}, scale {start.scale:g} and {len(start.targets)} layers, as in {wanted.start}")
-    if config.reference == "start":
-        if start is None:
-            raise ConfigError("reference: `start` is the adapter the run starts from, but adapter.start is not given. Use `base`, or give adapter.start.")
-        model.add_reference(start)
-    elif config.reference != "base":
-        reference = adapters.read_adapter(config.reference)
-        check_fits(model, reference, "reference")
+    """The adapter to train and, unless it is the base, the reference; returns notes."""
+    dims = model.dims()
+    start, notes = policy_adapter(config, dims)
+    model.add_policy(start)
+    if reference := reference_adapter(config, dims, start):
         model.add_reference(reference)
     return notes
-
-
-def _differences(wanted: AdapterConfig, model: Model, start: adapters.Adapter) -> list[str]:
-    """Options that ask for something else than the start adapter has; a default does not ask, even where a saved configuration spells it out."""
-    default = AdapterConfig()
-    asked = [key for key in ("rank", "alpha", "targets") if getattr(wanted, key) != getattr(default, key)]
-    has = {"rank": start.rank, "alpha": start.alpha, "targets": sorted(start.targets)}
-    wants = {"rank": wanted.rank, "alpha": wanted.alpha, "targets": sorted(expand_targets(model, wanted.targets)) if "targets" in asked else None}
-    return [key for key in asked if wants[key] != has[key]]
 
 
 def adapted(model: Model) -> list[str]:
@@ -136,7 +103,7 @@ class TorchLearner:
     @torch.no_grad()
     def score(self, batch: Batch) -> Outcome:
         """logp, partner_logp and value of a batch under the policy, shared between the ranks (every rank must call it)."""
-        logp, v = self._score_parts(batch, self._parts(batch))
+        logp, v = self._score_parts(batch, parts_of(batch, self.config.train.micro_batch_tokens, self.comm))
         return Outcome(logp, v, self._partner_logps(batch))
 
     def _scores(self, forest: Forest) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,11 +115,6 @@ class TorchLearner:
 
     def _hidden(self, layout: Layout) -> torch.Tensor:
         return self.model.hidden(self._indices(layout.ids))
-
-    def _parts(self, batch: Batch) -> list[Part]:
-        """This rank's micro-batches: r, r + W, ... Possibly none."""
-        rows = micro_batches(batch, self.config.train.micro_batch_tokens, at_least=self.comm.size)
-        return [Part(selected, part, kept) for part in rows[self.comm.rank :: self.comm.size] for selected, kept in [batch.select(part)]]
 
     @torch.no_grad()
     def _score_parts(self, batch: Batch, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -172,7 +134,7 @@ class TorchLearner:
         if batch.partners is None:
             return None
         logp = np.zeros(len(batch.label), np.float32)
-        for part in self._parts(replace(batch, forest=batch.partners, partners=None)):
+        for part in parts_of(partners_of(batch), self.config.train.micro_batch_tokens, self.comm):
             logp[part.completions] = to_numpy(self._scores(part.batch.forest)[0])
         return self.comm.all_sum(logp)
 
@@ -181,10 +143,8 @@ class TorchLearner:
     def step(self, batch: Batch, lr: float) -> Outcome:
         """One optimizer step on the whole batch. Raises NonFiniteError before any weight has changed."""
         partner_logp = self._partner_logps(batch)
-        check_finite(batch, partner_logp=partner_logp)
-        partner = None if partner_logp is None else partner_logp - _present(batch.partner_ref_logp, "partner_ref_logp")
-
-        parts = self._parts(batch)
+        partner = partner_logratio(batch, partner_logp)
+        parts = parts_of(batch, self.config.train.micro_batch_tokens, self.comm)
         weights = self._coefficients(batch, parts, partner) if self.objective.coupled else None
         optimizers = [self.optimizer] + ([self.head_optimizer] if self.head_optimizer else [])
         for optimizer in optimizers:
@@ -309,26 +269,3 @@ class TorchLearner:
 
     def _per_completion(self, batch: Batch, v: torch.Tensor) -> torch.Tensor | None:
         return v[self._indices(batch.forest.owner)] if self.head else None
-
-
-def check_finite(batch: Batch, logp: Any = None, partner_logp: Any = None, value: Any = None, gradient: Any = None) -> None:
-    """Raise NonFiniteError naming the step and the rows at fault; all of the step's rows if only the gradient is not finite."""
-    bad: set[int] = set()
-    for scores in (logp, partner_logp):
-        if scores is not None:
-            bad |= {int(batch.forest.owner[i]) for i in np.flatnonzero(~np.isfinite(scores))}
-    if value is not None:
-        bad |= {int(i) for i in np.flatnonzero(~np.isfinite(value))}
-    finite_gradient = gradient is None or bool(np.isfinite(gradient).all())
-    if not bad and finite_gradient:
-        return
-    what = "scores that are not finite" if bad else "a gradient that is not finite"
-    rows = sorted({batch.origins[i] for i in bad or range(len(batch.origins))})
-    shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-    raise NonFiniteError(f"step {batch.step + 1}: {what}, in rows {shown}. No weight was changed by this step. Lower optimizer.lr, or look at these rows.")
-
-
-def _present(array: np.ndarray | None, name: str) -> np.ndarray:
-    if array is None:
-        raise ValueError(f"the batch has partners but no {name}")
-    return array

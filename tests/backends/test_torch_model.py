@@ -15,13 +15,15 @@ pytest.importorskip("peft")
 
 import upo_torch  # noqa: E402
 from upo import random  # noqa: E402
+from upo.adapters import Adapter  # noqa: E402
 from upo.backend import Sampling  # noqa: E402
 from upo.config import load_config  # noqa: E402
 from upo.data.forest import Forest  # noqa: E402
 from upo.errors import BackendError, ModelError  # noqa: E402
+from upo.targets import expand_targets, fresh_arrays  # noqa: E402
 from upo_torch import device  # noqa: E402
 from upo_torch.logps import token_logps  # noqa: E402
-from upo_torch.model import Model, expand_targets, fresh_arrays, load_base  # noqa: E402
+from upo_torch.model import Model, load_base  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -193,10 +195,10 @@ def test_families_head_and_recomputation(family, tmp_path):
     net, _ = load_base(family_folder(family, tmp_path), torch.float32, CPU)
     model = Model(net, CPU)
     model.check()
-    paths = expand_targets(model, "all-linear")
+    paths = expand_targets(model.dims(), "all-linear")
     rng = np.random.default_rng(0)
-    arrays = {k: (0.2 * rng.standard_normal(a.shape)).astype(np.float32) for k, a in fresh_arrays(model, paths, 2, 0).items()}
-    model.add_policy(paths, 2, 0.5, arrays)
+    arrays = {k: (0.2 * rng.standard_normal(a.shape)).astype(np.float32) for k, a in fresh_arrays(model.dims(), paths, 2, 0).items()}
+    model.add_policy(Adapter(2, 1.0, 0.5, tuple(paths), arrays, None, {}))
     ids, targets = torch.from_numpy(rng.integers(3, 90, (2, 12))), torch.from_numpy(rng.integers(0, 90, 24))
 
     def plain() -> torch.Tensor:
@@ -261,8 +263,8 @@ def test_refused_models(tiny_llama, make_tiny_llama, tmp_path):
     with pytest.raises(ModelError, match="encoder-decoder"):
         T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=90)).save_pretrained(tmp_path / "t5")
         load_base(tmp_path / "t5", torch.float32, CPU)
-    with pytest.raises(ModelError, match="GPT2LMHeadModel has no linear layer that could carry an adapter"):
-        expand_targets(Model(load_base(family_folder("gpt2", tmp_path / "gpt2"), torch.float32, CPU)[0], CPU), "all-linear")
+    with pytest.raises(ModelError, match="this model has no linear layer that could carry an adapter"):
+        expand_targets(Model(load_base(family_folder("gpt2", tmp_path / "gpt2"), torch.float32, CPU)[0], CPU).dims(), "all-linear")
     with pytest.raises(BackendError, match=r"quantize: nf4 needs CUDA, and this is cpu\. Use quantize: none"):
         load(tiny_llama, quantize="nf4")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from upo_cli.main import main
+from upo_cli.quickstart import verdict
 
 import upo.quickstart.run as quickstart_run
 from upo.errors import ModelError
 from upo.quickstart.recipe import HELDOUT, TRAIN
-from upo_cli.main import main
-from upo_cli.quickstart import verdict
 
 RESULT: dict[str, Any] = {
     "model": "folder",

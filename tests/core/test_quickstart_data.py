@@ -87,6 +87,7 @@ def test_texts_are_cut_at_their_last_complete_sentence() -> None:
     assert whole_sentences("It costs 3.50 now", ended=False) is None
     assert whole_sentences('He said "go!" And then', ended=False) == 'He said "go!"'
     assert whole_sentences("Do this:\n\n1. Stir.\n2. Wa", ended=False) == "Do this:\n\n1. Stir."
+    assert whole_sentences('Ask her. Then call "Mr. Smith', ended=False) == "Ask her."
     assert whole_sentences("No full stop", ended=True) == "No full stop"
     assert whole_sentences("  ", ended=True) is None
 
