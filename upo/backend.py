@@ -126,12 +126,16 @@ class Learner(Protocol):
 
 
 class Backend(Protocol):
-    """The module `upo_torch` or `upo_mlx`: `name`, `load` and `device_report` at module level."""
+    """The module `upo_torch` or `upo_mlx`: `name`, `load`, `fast_dtype` and `device_report` at module level."""
 
     name: str
 
     def load(self, config: RunConfig) -> Learner:
         """Model, adapter, reference and optimizer as configured; initialises the ranks."""
+        ...
+
+    def fast_dtype(self) -> str:
+        """The dtype that the default device multiplies fastest: what `auto` is on a GPU; on a CPU bfloat16 where it has it in hardware."""
         ...
 
     def device_report(self) -> dict[str, Any]:

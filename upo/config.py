@@ -217,7 +217,7 @@ class TrainConfig(Section):
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     steps: int | None = Field(None, gt=0, description="optimizer steps; when given, `epochs` is not used")
     batch_size: int = Field(8, gt=0, description="rows per optimizer step, over all ranks")
-    micro_batch_tokens: int = Field(8192, gt=0, description="padded tokens computed at once; changes memory, not the result")
+    micro_batch_tokens: int = Field(2048, gt=0, description="padded tokens computed at once; changes memory, not the result")
     max_length: int = Field(1024, gt=1, description="tokens of prompt and completion together")
     overflow: Literal["drop", "cut"] = Field("drop", description="rows too long after whole turns of the prompt were removed: drop, or cut both completions alike")
     seed: int = Field(0, ge=0, description="of order, splits, partners and initial weights")

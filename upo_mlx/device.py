@@ -106,6 +106,11 @@ def choose_dtype(name: str, device: str) -> tuple[Any, list[str]]:
     return getattr(mx, name), notes
 
 
+def fast_dtype() -> str:
+    """What `auto` is: MLX multiplies 16 bits on a GPU only."""
+    return str(choose_dtype("auto", "metal" if has_gpu() else "cpu")[0]).rpartition(".")[2]
+
+
 def matmul_rate(size: int = 512) -> float:
     """GFLOP/s of a float32 matrix product on the CPU, best of three."""
     a = mx.ones((size, size), mx.float32)

@@ -19,6 +19,13 @@ def load(config: RunConfig) -> Learner:
     return load_learner(config)
 
 
+def fast_dtype() -> str:
+    """The dtype that the default device multiplies fastest."""
+    from upo_torch import device
+
+    return device.fast_dtype()
+
+
 def device_report() -> dict[str, Any]:
     """What `upo doctor` shows: version, devices, memory, BLAS, what is missing and the command that mends it."""
     _need("torch")

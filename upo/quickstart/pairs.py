@@ -48,7 +48,7 @@ def on_topic(prompt: str, answer: str) -> int:
 
 
 def choose_pairs(
-    answers: Sequence[tuple[str, Sequence[str]]], per_prompt: int, neutral_to: Sequence[Callable[[str], float]], wide: int = 6
+    answers: Sequence[tuple[str, Sequence[str]]], per_prompt: int, neutral_to: Sequence[Callable[[str], float]], wide: int = 3
 ) -> list[Pair]:
     """`per_prompt` disjoint pairs for each (prompt, distinct answers) that has them, labelled by `on_topic`; ties are no pairs.
 

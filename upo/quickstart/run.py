@@ -36,7 +36,7 @@ def run_quickstart(
     """
     clock = Clock()
     recipe(model or REPOSITORY, backend, seed, steps, overrides)  # a bad option and a missing backend show before the download
-    get_backend(backend)
+    overrides = [f"dtype={get_backend(backend).fast_dtype()}", *overrides]
     folder = model or model_folder(reporter)
     clock.lap("model")
     session = Session(recipe(folder, backend, seed, steps, overrides), out, reporter=reporter)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import platform
 import re
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,13 +117,13 @@ def _matching(target: str, names: Iterable[str]) -> list[str]:
 def memory(prepared: Prepared, shapes: Shapes, adapter: int) -> dict[str, float]:
     """Estimated GB (1e9 bytes): base, adapter, activations of the largest micro-batch, and their sum.
 
-    base         parameters * bytes of the dtype (auto: 4 on a CPU, else 2); stored size for packed weights; half a byte each for nf4
+    base         parameters * bytes of the dtype (auto: 2 on Apple silicon or where CUDA's driver is, else 4); stored size for packed weights; half a byte each for nf4
     adapter      16 bytes per parameter: float32 master, gradient and two moments (12 with RMSprop)
     activations  T padded tokens: layers * T * 34 * hidden * bytes without checkpointing (Korthikanti et al. 2022, arXiv 2205.05198, eq. 2,
                  without dropout masks and attention scores); with it (layers + 34) * T * hidden * bytes
     """
     config = prepared.config
-    width = {"float32": 4, "auto": 4 if config.device == "cpu" else 2}.get(config.dtype, 2)
+    width = {"float32": 4, "auto": 2 if config.device != "cpu" and _has_gpu() else 4}.get(config.dtype, 2)
     packed = shapes.stored < 1.5 * shapes.parameters and shapes.parameters > 0
     base = shapes.stored if packed else 0.5 * shapes.parameters if config.quantize == "nf4" else width * shapes.parameters
     tokens = largest_micro_batch(prepared.train, config.train.micro_batch_tokens, config.train.batch_size)
@@ -131,6 +134,11 @@ def memory(prepared: Prepared, shapes: Shapes, adapter: int) -> dict[str, float]
         "activations": kept * tokens * shapes.hidden * width / 1e9,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def _has_gpu() -> bool:
+    """Whether `device: auto` will find a GPU, as far as can be told without loading a framework."""
+    return (sys.platform == "darwin" and platform.machine() == "arm64") or shutil.which("nvidia-smi") is not None
 
 
 def largest_micro_batch(examples: Sequence[Example], limit: int, batch_size: int) -> int:
