@@ -89,6 +89,8 @@ def main() -> None:
       upo quickstart                the whole thing on a small model
       upo train my.yaml             your own run; examples/ holds files to start from
     """
+    # Threads that spin while they wait slow one another up to tenfold as soon as another program wants a core. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # transformers prints advice about frameworks it did not find; `upo doctor` says that better.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not sys.warnoptions:  # what a dependency will change one day concerns this program, not the one who runs it

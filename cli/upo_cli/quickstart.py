@@ -98,7 +98,7 @@ def _show(result: dict[str, Any], folder: Path) -> None:
     console.print(Text("One sample each, for the question with the median change. A model of this size is often wrong, before and after: plainer, not better."))
     seconds = result["seconds"]
     parts = ", ".join(f"{name} {duration(seconds[name])}" for name in ("model", "prepare", "answers", "train"))
-    console.print(Text(f"\n{result['backend']} on {result['device']}, {duration(seconds['total'])} ({parts}). Figures: {folder / 'quickstart.json'}"))
+    console.print(Text(f"\n{result['backend']} on {result['device']} in {result['dtype']}, {duration(seconds['total'])} ({parts}). Figures: {folder / 'quickstart.json'}"))
     click.echo(
         "\nNext:\n"
         f'  upo generate {folder} --prompt "How does a bicycle stay upright?"\n'

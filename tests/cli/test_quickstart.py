@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ RESULT: dict[str, Any] = {
     "model": "folder",
     "backend": "torch",
     "device": "cpu",
+    "dtype": "float32",
     "seed": 0,
     "steps": 60,
     "prompts": 40,
@@ -64,7 +66,7 @@ def test_result_is_shown_with_its_interval_and_what_to_do_next(here: Path, calls
     assert lines["empty answers"] == ["0", "0"]
     assert "The auxiliary reward rose: +0.203, 95 % interval +0.131 to +0.275." in done.stdout
     assert "Why [so]?" in done.stdout and "Long words." in done.stdout and "Short ones." in done.stdout
-    assert "torch on cpu, 2 min 51 s" in done.stdout
+    assert "torch on cpu in float32, 2 min 51 s" in done.stdout
     assert "upo generate runs/quickstart --prompt" in done.stdout and "upo train examples/upo.yaml" in done.stdout
 
 
@@ -113,7 +115,7 @@ def test_model_that_cannot_be_had_is_one_line(here: Path, monkeypatch: pytest.Mo
         raise ModelError("quickstart model: neither the hub nor PyPI gave it (x).")
 
     monkeypatch.setattr(quickstart_run, "model_folder", nowhere)
-    monkeypatch.setattr(quickstart_run, "get_backend", lambda _: None)
+    monkeypatch.setattr(quickstart_run, "get_backend", lambda _: SimpleNamespace(fast_dtype=lambda: "float32"))
     done = upo()
     assert done.exit_code == 1 and done.stderr.splitlines()[-1] == "Error: quickstart model: neither the hub nor PyPI gave it (x)."
     assert not (here / "runs").exists()

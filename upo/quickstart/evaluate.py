@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from upo.random import words as random_words
 from upo.train.reporter import Reporter
 
 Answers = list[list[str]]  # [prompts][samples]
-SAMPLING = Sampling(max_tokens=48, temperature=0.7, top_p=0.95, seed=0, batch_size=60)
+SAMPLING = Sampling(max_tokens=48, temperature=0.7, top_p=0.95, seed=0, batch_size=120)
 SAMPLES = 3
 
 
@@ -40,14 +40,11 @@ class Change:
 
 def answer(learner: Learner, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, reporter: Reporter, phase: str) -> Answers:
     """SAMPLES answers to each prompt. The same seed before and after training, so that less of a difference is chance."""
-    tokens = [tokenizer.prompt_ids([{"role": "user", "content": p}]) for p in prompts]
-    reporter.start(phase, SAMPLES * len(prompts), "answers")
-    rounds = []
-    for i in range(SAMPLES):
-        made = learner.generate(tokens, replace(sampling, seed=sampling.seed * SAMPLES + i))
-        rounds.append([tokenizer.decode(t).strip() for t in made])
-        reporter.advance(len(prompts))
-    return [list(samples) for samples in zip(*rounds, strict=True)]
+    tokens = [tokenizer.prompt_ids([{"role": "user", "content": p}]) for p in prompts for _ in range(SAMPLES)]
+    reporter.start(phase, len(tokens), "answers")
+    texts = [tokenizer.decode(t).strip() for t in learner.generate(tokens, sampling)]
+    reporter.advance(len(tokens))
+    return [texts[i : i + SAMPLES] for i in range(0, len(texts), SAMPLES)]
 
 
 def measure(answers: Answers, rewards: np.ndarray, grade: Callable[[str], float | None]) -> Measured:

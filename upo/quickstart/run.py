@@ -53,6 +53,7 @@ def run_quickstart(
         "model": str(folder),
         "backend": session.backend,
         "device": session.learner.info.device,
+        "dtype": session.learner.info.dtype,
         "seed": seed,
         "steps": summary["steps"],
         "prompts": len(questions),
