@@ -91,6 +91,30 @@ def test_answers_are_grouped_by_prompt() -> None:
     assert found == [["7/0/5", "7/1/5", "7/2/5"], ["8/3/5", "8/4/5", "8/5/5"]]
 
 
+class Spoken:
+    """A learner that gives the texts in turn, one token a letter."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts
+
+    def prompt_ids(self, messages: object) -> np.ndarray:
+        return np.zeros(1, np.int32)
+
+    def generate(self, prompts: list[np.ndarray], sampling: Sampling) -> list[np.ndarray]:
+        return [np.array([ord(c) for c in text], np.int32) for text in self.texts]
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return "".join(map(chr, tokens))
+
+
+def test_only_answers_stopped_by_the_limit_lose_their_broken_sentence() -> None:
+    cut, ended, endless = "It is so. And th", "It is so. Or not", "It is so and so "
+    assert len(cut) == len(ended) == len(endless) == 16
+    learner = Spoken(cut, ended[:-1], endless)
+    found = ev.answer(learner, learner, ["q"], Sampling(max_tokens=16), Silent(), "answers")  # type: ignore[arg-type]
+    assert found == [["It is so.", "It is so. Or no", "It is so and so"]]
+
+
 def test_compare_puts_before_and_after_in_their_places() -> None:
     hard = "Photosynthesis necessitates considerable electromagnetic irradiation."
     easy = "The sun is hot. We like it a lot."

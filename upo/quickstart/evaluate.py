@@ -10,6 +10,7 @@ import numpy as np
 
 from upo.backend import Learner, Sampling
 from upo.data.tokenizer import Tokenizer
+from upo.quickstart.pairs import whole_sentences
 from upo.random import words as random_words
 from upo.train.reporter import Reporter
 
@@ -39,10 +40,17 @@ class Change:
 
 
 def answer(learner: Learner, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, reporter: Reporter, phase: str) -> Answers:
-    """SAMPLES answers to each prompt. The same seed before and after training, so that less of a difference is chance."""
+    """SAMPLES answers to each prompt. The same seed before and after training, so that less of a difference is chance.
+
+    An answer stopped by the token limit is taken up to its last complete sentence, if it has one: a sentence broken off counts as a short
+    one and flatters the grade, and training, which teaches where to end, would remove that from one side of the comparison only.
+    """
     tokens = [tokenizer.prompt_ids([{"role": "user", "content": p}]) for p in prompts for _ in range(SAMPLES)]
     reporter.start(phase, len(tokens), "answers")
-    texts = [tokenizer.decode(t).strip() for t in learner.generate(tokens, sampling)]
+    texts = []
+    for made in learner.generate(tokens, sampling):
+        text = tokenizer.decode(made).strip()
+        texts.append(whole_sentences(text, ended=len(made) < sampling.max_tokens) or text)
     reporter.advance(len(tokens))
     return [texts[i : i + SAMPLES] for i in range(0, len(texts), SAMPLES)]
 
