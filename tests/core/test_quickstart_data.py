@@ -11,7 +11,7 @@ import pytest
 from upo.backend import Sampling
 from upo.data.read import read
 from upo.quickstart import make_data
-from upo.quickstart.pairs import Pair, choose_pairs, on_topic, whole_sentences
+from upo.quickstart.pairs import CLEAR, Pair, choose_pairs, whole_sentences
 from upo.quickstart.recipe import HELDOUT, TRAIN, prompts, recipe
 from upo.rewards.english import words
 from upo.rewards.readability import Readability
@@ -43,7 +43,7 @@ def test_counts_and_prompts_of_the_pairs() -> None:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_label_follows_its_rule_and_says_nothing_about_readability(split: str) -> None:
     found = pairs(split)
-    assert all(on_topic(p.prompt, p.chosen) > on_topic(p.prompt, p.rejected) for p in found)
+    assert all(len(words(p.rejected)) - len(words(p.chosen)) >= CLEAR for p in found)
     sides = [[t for p in found for t in (p.chosen, p.rejected)]][0]
     reward = np.array(Readability()([""] * len(sides), sides))
     label = np.tile([1.0, -1.0], len(found))
@@ -92,24 +92,26 @@ def test_texts_are_cut_at_their_last_complete_sentence() -> None:
     assert whole_sentences("  ", ended=True) is None
 
 
-def test_on_topic_counts_content_words_of_the_question() -> None:
-    question = "How do I get a wine stain out of a white shirt?"
-    assert on_topic(question, "Wine stains: soak the shirts, then wash the shirt.") == 4  # wine, stains, shirts, shirt
-    assert on_topic(question, "I do get out of a how.") == 0
-    assert on_topic("Why do we yawn?", "Yawning is a yawn.") == 2 - 1  # "yawni" is not "yawn": only the first five letters are compared
+def said(n: int, word: str = "word") -> str:
+    return " ".join([word] * n)
 
 
-def test_pairs_are_disjoint_labelled_and_balanced() -> None:
-    texts = ["tea tea tea long", "tea", "no", "tea tea no more words here"]
-    found = choose_pairs([("What is tea?", texts)], 2, (lambda t: float(len(t.split())),))
+def test_pairs_are_disjoint_and_the_shorter_answer_is_chosen() -> None:
+    texts = [said(20), said(5), said(8), said(30)]
+    found = choose_pairs([("q", texts)], 2, len)
     used = [t for p in found for t in (p.chosen, p.rejected)]
-    assert len(found) == 2 and len(set(used)) == 4
-    assert all(on_topic(p.prompt, p.chosen) > on_topic(p.prompt, p.rejected) for p in found)
-    assert choose_pairs([("What is tea?", ["tea a", "tea b"])], 1, ()) == []  # a tie is no pair
-    # With nothing to balance the largest margin wins; a measure to stay neutral to picks among the best.
-    texts = ["tea tea", "tea x", "none at all ok"]
-    assert choose_pairs([("What is tea?", texts)], 1, ()) == [Pair("What is tea?", "tea tea", "none at all ok")]
-    assert choose_pairs([("What is tea?", texts)], 1, (lambda t: float(len(t.split())),)) == [Pair("What is tea?", "tea tea", "tea x")]
+    assert len(found) == 2 and sorted(used) == sorted(texts)
+    assert all(len(words(p.rejected)) - len(words(p.chosen)) >= CLEAR for p in found)
+    assert choose_pairs([("q", [said(5), said(9)])], 1, len) == []  # too like in length to prefer one
+    assert choose_pairs([("q", [said(5), said(10)])], 1, len) == [Pair("q", said(5), said(10))]
+
+
+def test_selection_keeps_the_measure_balanced_over_prompts() -> None:
+    measure = lambda t: float(t.startswith("plain"))  # noqa: E731
+    first = ("a", [said(5, "plain"), said(20)])  # can only be won by the plain one: the balance is + 1
+    second = ("b", [said(5, "plain"), said(6, "odd"), said(20, "plain")])  # equally clear: balance 0, or - 1 with the odd one chosen
+    assert choose_pairs([first, second], 1, measure) == [Pair("a", *first[1]), Pair("b", said(6, "odd"), said(20, "plain"))]
+    assert choose_pairs([second], 1, measure) == [Pair("b", said(5, "plain"), said(20, "plain"))]
 
 
 class Canned:

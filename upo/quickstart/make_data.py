@@ -1,7 +1,7 @@
 """Makes the bundled pairs again: `python -m upo.quickstart.make_data [--backend torch|mlx] [--out FOLDER]`, about ten minutes on a CPU.
 
 Answers to the questions of `prompts.jsonl` are sampled from the model itself, cut at their last complete sentence, labelled by
-`pairs.on_topic` and written as TRL preference rows. Same backend, same versions: same rows.
+the rule of `pairs.choose_pairs` and written as TRL preference rows. Same backend, same versions: same rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,6 @@ def readability(text: str) -> float:
     return float(Readability()([""], [text])[0])
 
 
-def length(text: str) -> float:
-    """Words, on a scale on which a usual difference weighs about as much as one of R1."""
-    return len(words(text)) / 40
-
-
 def sample(learner: Learner, tokenizer: Tokenizer, questions: Sequence[str], sampling: Sampling, reporter: Reporter) -> list[list[str]]:
     """Distinct usable answers to each question, at most SAMPLES. A question's answers depend on those before it in its CHUNK only."""
     found: list[list[str]] = []
@@ -84,7 +79,7 @@ def row(pair: Pair) -> dict[str, Any]:
     }
 
 
-def label_correlation(pairs: Sequence[Pair], measure: Any) -> float:
+def label_correlation(pairs: Sequence[Pair], measure: Callable[[str], float]) -> float:
     """Correlation of the label (+1 chosen, -1 rejected) with a measure of the text, over all completions."""
     label = np.tile([1.0, -1.0], len(pairs))
     return float(np.corrcoef(label, [measure(t) for p in pairs for t in (p.chosen, p.rejected)])[0, 1])
@@ -101,12 +96,12 @@ def main() -> None:
     for number, (split, (wanted, each)) in enumerate(PAIRS.items()):
         questions = prompts(split)
         answers = sample(learner, tokenizer, questions, replace(SAMPLING, seed=SAMPLING.seed + 1000 * number), reporter)
-        pairs = choose_pairs(list(zip(questions, answers, strict=True)), each, (readability, length))[:wanted]
+        pairs = choose_pairs(list(zip(questions, answers, strict=True)), each, readability)[:wanted]
         path = options.out / f"{split}.jsonl"
         path.write_text("".join(json.dumps(row(p), ensure_ascii=False) + "\n" for p in pairs), encoding="utf-8")
         print(
             f"{path}: {len(pairs)} pairs of {len({p.prompt for p in pairs})} prompts; correlation of the label with readability "
-            f"{label_correlation(pairs, readability):+.3f}, with length {label_correlation(pairs, length):+.3f}",
+            f"{label_correlation(pairs, readability):+.3f}",
             file=sys.stderr,
         )
 
