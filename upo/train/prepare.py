@@ -13,7 +13,7 @@ from upo.data.order import step_rows, steps_per_epoch, total_steps
 from upo.data.partners import assign_partners
 from upo.data.tokenizer import Tokenizer, load_tokenizer
 from upo.losses import Objective
-from upo.models import check_folder, resolve
+from upo.models import resolve
 from upo.rewards import score_examples, validate_rewards
 from upo.train.checks import check_length, check_rows
 from upo.train.reference import check_reference
@@ -59,7 +59,6 @@ def prepare(config: RunConfig, *, allow_code: bool, reporter: Reporter, data: An
     folder = tokenizer = None
     if data is None:
         folder = resolve(config.model, config.revision)
-        check_folder(folder)
         tokenizer = load_tokenizer(folder)
         data = load_data(config, tokenizer, reporter)
     splits = {"data.train": list(data.train), "data.eval": list(data.eval)}
