@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,11 @@ class Adapter:
 def lora_name(module: str, side: str) -> str:
     """PEFT's name of a parameter: side "A" or "B" of the module at this path."""
     return f"{PREFIX}{module}.lora_{side}.weight"
+
+
+def modules_of(names: Iterable[str]) -> list[str]:
+    """Paths of the modules that parameters of these PEFT names belong to, sorted."""
+    return sorted(name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight"))
 
 
 def read_adapter(folder: Path | str) -> Adapter:

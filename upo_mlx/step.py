@@ -272,9 +272,8 @@ class MlxLearner:
 
     def adapter_config(self) -> dict[str, Any]:
         """PEFT's adapter_config.json."""
-        modules = sorted(name.removeprefix(adapters.PREFIX).removesuffix(".lora_A.weight") for name in self.policy.arrays if name.endswith(".lora_A.weight"))
         rank = next(a.shape[1] for name, a in self.policy.arrays.items() if name.endswith(".lora_A.weight"))
-        return adapters.peft_config(self.config.model, rank, self.policy.scale * rank, modules, len(self.model.layer_paths))
+        return adapters.peft_config(self.config.model, rank, self.policy.scale * rank, adapters.modules_of(self.policy.arrays), len(self.model.layer_paths))
 
     def peak_memory_gb(self) -> float:
         return device.peak_memory_gb(self.info.device)

@@ -49,7 +49,7 @@ def load_learner(config: RunConfig) -> TorchLearner:
         device=str(where),
         parameters=parameters,
         trainable=sum(p.numel() for p in model.policy.values()),
-        targets=tuple(sorted({path.rpartition(".")[2] for path in adapted(model)})),
+        targets=tuple(sorted({path.rpartition(".")[2] for path in adapters.modules_of(model.policy)})),
         weights_hash=models.weights_hash(folder),
         notes=(*notes, *repaired, *family_notes(model), *started),
     )
@@ -64,11 +64,6 @@ def add_adapters(config: RunConfig, model: Model) -> list[str]:
     if reference := reference_adapter(config, dims, start):
         model.add_reference(reference)
     return notes
-
-
-def adapted(model: Model) -> list[str]:
-    """Paths of the layers that carry the trained adapter."""
-    return sorted(name.removeprefix(adapters.PREFIX).removesuffix(".lora_A.weight") for name in model.policy if name.endswith(".lora_A.weight"))
 
 
 class TorchLearner:
@@ -250,7 +245,7 @@ class TorchLearner:
     def adapter_config(self) -> dict[str, Any]:
         """PEFT's adapter_config.json."""
         rank = next(p.shape[0] for name, p in self.model.policy.items() if name.endswith(".lora_A.weight"))
-        return adapters.peft_config(self.config.model, rank, self.model.scale * rank, adapted(self.model), self.model.layers)
+        return adapters.peft_config(self.config.model, rank, self.model.scale * rank, adapters.modules_of(self.model.policy), self.model.layers)
 
     def peak_memory_gb(self) -> float:
         return device.peak_memory_gb(self.model.device)
