@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _locate(folder: Path) -> Path:
         )
     if (folder / "adapters.safetensors").exists() and not (folder / WEIGHTS).exists():
         raise ModelError(
-            f"{folder}: an mlx-lm adapter (adapters.safetensors). Converting it is not supported yet; give an adapter in PEFT's layout."
+            f"{folder}: an mlx-lm adapter (adapters.safetensors). Turn it into one that a run takes: upo convert {folder} --to upo --out NEW"
         )
     if (folder / CONFIG).exists():
         return folder
@@ -113,7 +114,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> tuple[int, float]:
         raise ModelError(f"{path}: peft_type is {kind}; only LORA is supported.")
     for key, (harmless, meaning) in _REFUSED.items():
         if config.get(key) not in harmless:
-            raise ModelError(f"{path}: {key} = {json.dumps(config[key])}: adapters with {meaning} are not supported.")
+            remedy = f" Make them one: upo convert {path.parent} --to upo --out NEW" if key.endswith("_pattern") else ""
+            raise ModelError(f"{path}: {key} = {json.dumps(config[key])}: adapters with {meaning} are not supported.{remedy}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise ModelError(
@@ -162,15 +164,22 @@ def write_adapter(
     if folder.exists() and not overwrite:
         raise RunError(f"{folder}: exists already. Choose another folder; nothing was written.")
     _check_arrays(str(folder), arrays, int(config["r"]))
-    temporary, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(folder) as temporary:
         tensors.write(temporary / WEIGHTS, arrays, metadata={"format": "pt"})
         with (temporary / CONFIG).open("w", encoding="utf-8") as file:
             file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block is left, whole or not at all; after an error both are as before."""
+    temporary, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)

@@ -5,20 +5,19 @@ Both backends and the tokenizer load a model through here, so that one place dec
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from upo.errors import ModelError
+from upo.repair import repair_config
 from upo.tensors import read_header
 
 # Configuration, tokenizer and safetensors weights: neither code nor pickles, and no second copy of the weights in another layout.
 DOWNLOAD = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 SKIP = ["consolidated*", "original/*", "metal/*", "onnx/*", "openvino/*"]
 
-_EXPERT_KEYS = ("num_experts", "num_local_experts")
 _VOLATILE = {
     "_name_or_path",
     "transformers_version",
@@ -116,6 +115,7 @@ def weight_files(folder: Path | str) -> list[Path]:
     """The safetensors files of a model, in the order of their names: those of the index, or all in the folder where it has no index."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
     if not index.exists():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -147,7 +147,18 @@ def weight_files(folder: Path | str) -> list[Path]:
         if not _within(path, inside):
             raise ModelError(f"{path}: leads out of the model's folder. Refused.")
         files.append(path)
+    if single.exists() and single not in files:
+        raise ModelError(
+            f"{single}: is beside {index.name}, which does not name it: transformers would read the one, mlx-lm both. Keep one set of "
+            "weights in a copy of the folder."
+        )
     return files
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise ModelError if a file of a model folder is really elsewhere."""
+    if not _within(path, _allowed_roots(folder)):
+        raise ModelError(f"{path}: is or lies behind a link that leads out of the model's folder. Put the file itself there.")
 
 
 def _allowed_roots(folder: Path) -> list[Path]:
@@ -167,93 +178,6 @@ def _within(path: Path, roots: list[Path]) -> bool:
 def model_config(folder: Path | str) -> tuple[dict[str, Any], list[str]]:
     """config.json, repaired (`repair_config`), and what was repaired, one sentence each."""
     return repair_config(read_json(Path(folder) / "config.json"))
-
-
-def repair_config(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A copy in which both spellings of the rotary embedding and of the number of experts are present and agree, and notes on changes.
-
-    transformers >= 5 writes `rope_parameters: {rope_theta, rope_type, ...}`; mlx-lm (0.32) reads `rope_theta`, `rope_scaling` and
-    `partial_rotary_factor` from the top level and otherwise takes its own default, silently. Where the spellings disagree, the value that
-    transformers would use wins. A nested `text_config` is repaired too.
-    """
-    config = copy.deepcopy(config)
-    notes: list[str] = []
-    _repair_rope(config, notes)
-    known = [key for key in _EXPERT_KEYS if config.get(key) is not None]
-    if len(known) == 1:
-        other = next(key for key in _EXPERT_KEYS if key != known[0])
-        config[other] = config[known[0]]
-        notes.append(f"config.json: {other} = {config[other]}, copied from {known[0]}.")
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"], inner = repair_config(config["text_config"])
-        notes += [note.replace("config.json:", "config.json, text_config:", 1) for note in inner]
-    return config, notes
-
-
-def _repair_rope(config: dict[str, Any], notes: list[str]) -> None:
-    rope = config.get("rope_scaling") or config.get("rope_parameters")  # in transformers' order
-    if isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values()):
-        # One set per kind of layer; the top level describes the full-attention layers, and Gemma 3 names the others' base apart.
-        local = rope.get("sliding_attention")
-        if isinstance(local, dict) and "rope_theta" in local:
-            _set(config, "rope_local_base_freq", local["rope_theta"], notes)
-        rope = rope.get("full_attention")
-    elif config.get("rope_theta") is not None or isinstance(rope, dict):
-        old = config.get("rope_parameters") if isinstance(config.get("rope_parameters"), dict) else None
-        rope = dict(rope or {})
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if config.get(key) is not None:
-                rope.setdefault(key, config[key])
-        kind = rope.pop("type", "default")  # the older name of rope_type
-        rope.setdefault("rope_type", kind)
-        config["rope_parameters"] = rope
-        if old is not None and old.get("rope_theta") not in (None, rope.get("rope_theta")):
-            notes.append(
-                f"config.json: rope_parameters.rope_theta {old['rope_theta']} gave way to {rope.get('rope_theta')} of rope_scaling, "
-                "as in transformers."
-            )
-    if not isinstance(rope, dict):
-        return
-    names = (
-        {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"} if config.get("model_type") == "gpt_neox" else {}
-    )
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if rope.get(key) is not None:
-            _set(config, names.get(key, key), rope[key], notes)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling = {
-        key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor") and value is not None
-    }
-    if kind != "default" or set(scaling) - {"rope_type", "type"}:  # mlx-lm's models look for either name
-        _set(config, "rope_scaling", {**scaling, "rope_type": kind, "type": kind}, notes)
-
-
-def _set(config: dict[str, Any], key: str, value: Any, notes: list[str]) -> None:
-    old = config.get(key)
-    config[key] = value
-    if old is None:
-        notes.append(f"config.json: {key} = {value}, taken from rope_parameters.")
-    elif old != value and not isinstance(value, dict):
-        notes.append(f"config.json: {key} was {old}; rope_parameters say {value}, which is what transformers uses.")
-
-
-def short_rope(config: dict[str, Any], tokens: int) -> tuple[dict[str, Any], list[str]]:
-    """For mlx-lm, which always applies the long factors of `longrope` (Phi-3): a copy that is right for sequences of up to `tokens`.
-
-    transformers uses the short factors up to `original_max_position_embeddings` tokens. Longer sequences keep the long ones, which mlx-lm
-    then also applies to short sequences; the note says so.
-    """
-    scaling = config.get("rope_scaling")
-    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) not in ("longrope", "su"):
-        return config, []
-    limit = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-    if limit is None or "short_factor" not in scaling:
-        return config, []
-    if tokens > limit:
-        return config, [
-            f"config.json: sequences up to {limit} tokens get the long rotary factors on MLX, not the short ones as in transformers."
-        ]
-    return {**config, "rope_scaling": {**scaling, "long_factor": scaling["short_factor"]}}, []
 
 
 def is_quantized_mlx(config: dict[str, Any]) -> bool:

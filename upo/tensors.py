@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def read_header(path: Path | str) -> Header:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}).") from None
     try:
-        parsed = json.loads(raw, object_pairs_hook=_without_duplicates)
+        parsed = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: the safetensors header is damaged ({error}).") from None
     if not isinstance(parsed, dict):
@@ -95,7 +95,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end and isinstance(dtype, str)
+        sound = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)) and begin <= end and isinstance(dtype, str)
+        sound = sound and isinstance(shape, list) and len(shape) <= 32  # NumPy's own limit before 2.0
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
@@ -121,7 +122,10 @@ def read(path: Path | str, names: Iterable[str] | None = None, upcast: bool = Tr
             if entry.dtype not in DTYPES:
                 raise ModelError(f"{path}: tensor {name} is {entry.dtype}, which is not supported.")
             file.seek(entry.begin)
-            array = np.fromfile(file, DTYPES[entry.dtype], math.prod(entry.shape)).reshape(entry.shape)
+            array = np.fromfile(file, DTYPES[entry.dtype], math.prod(entry.shape))
+            if array.size != math.prod(entry.shape):
+                raise ModelError(f"{path}: became shorter while it was read, and is cut short now. Write it again.")
+            array = array.reshape(entry.shape)
             if upcast and entry.dtype == "BF16":
                 array = float32_from_bf16(array)
             elif upcast and entry.dtype == "F16":
@@ -140,16 +144,30 @@ def write(
 
     `dtypes` maps names to safetensors dtypes to be stored as; BF16 takes floats (rounded to nearest even) or uint16 bits as they are.
     """
-    path, dtypes = Path(path), dtypes or {}
-    stored = {name: _stored(name, np.asarray(array), dtypes.get(name)) for name, array in arrays.items()}
+    stored = {name: _stored(name, np.asarray(array), (dtypes or {}).get(name)) for name, array in arrays.items()}
+    layout = {name: (dtype, array.shape, array.nbytes) for name, (dtype, array) in stored.items()}
+    write_streamed(path, layout, lambda name: [stored[name][1]], metadata)
+
+
+def write_streamed(
+    path: Path | str,
+    layout: Mapping[str, tuple[str, tuple[int, ...], int]],
+    produce: Callable[[str], Iterable[np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Like `write`, but a piece at a time, so that a file may be larger than the memory.
+
+    `layout` gives each tensor's safetensors dtype, shape and bytes; `produce` its data as arrays in the stored form, in order.
+    """
+    path = Path(path)
     # Wider elements first: every tensor is then aligned to its element size, which some readers rely on.
-    order = sorted(stored, key=lambda name: (-stored[name][1].itemsize, name))
+    order = sorted(layout, key=lambda name: (-np.dtype(DTYPES.get(layout[name][0], "u1")).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     place = 0
     for name in order:
-        dtype, array = stored[name]
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [place, place + array.nbytes]}
-        place += array.nbytes
+        dtype, shape, size = layout[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -157,7 +175,9 @@ def write(
         with os.fdopen(handle, "wb") as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for name in order:
-                file.write(np.ascontiguousarray(stored[name][1]).data)
+                written = sum(file.write(np.ascontiguousarray(piece).data) for piece in produce(name))
+                if written != layout[name][2]:
+                    raise ValueError(f"{name}: {written} bytes were produced, {layout[name][2]} announced")
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private to the user

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from upo.backend import Learner
     from upo.config import RunConfig
 
@@ -17,6 +19,14 @@ def load(config: RunConfig) -> Learner:
     from upo_mlx.step import load_learner
 
     return load_learner(config)
+
+
+def write_model(source: Path, folder: Path, bits: int | None, group: int) -> list[str]:
+    """A model folder in mlx-lm's layout from one in HF layout, quantised to `bits` if given; see `upo_mlx.quantize`."""
+    _need("mlx.core", "mlx_lm")
+    from upo_mlx import quantize
+
+    return quantize.write_model(source, folder, bits, group)
 
 
 def fast_dtype() -> str:

@@ -13,8 +13,10 @@ from mlx.utils import tree_map, tree_map_with_path
 
 from upo.adapters import Adapter, lora_name
 from upo.errors import ModelError
-from upo.models import model_config, short_rope
+from upo.models import model_config
+from upo.repair import for_mlx
 from upo_mlx.device import mx, nn
+from upo_mlx.family import check_rope, window_notes
 from upo_mlx.state import import_arrays
 
 Array = mx.array
@@ -230,18 +232,19 @@ def load_base(folder: Path, dtype: Any, tokens: int = 0) -> tuple[nn.Module, lis
     from mlx_lm.utils import load_model
 
     config, notes = model_config(folder)
-    config, rope_notes = short_rope(config, tokens)
+    config, rope_notes = for_mlx(config, tokens)
     try:
         net, _ = load_model(folder, model_config=config)
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(f"{folder}: mlx-lm cannot load this model ({reason}). Use --backend torch, or another model.") from None
+    check_rope(folder, net, config)
     castable = getattr(net, "cast_predicate", lambda path: True)
     net.update(tree_map_with_path(lambda path, a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) and castable(path) else a, net.parameters()))
     net.freeze()
     net.eval()
     mx.eval(net.parameters())
-    return net, notes + rope_notes
+    return net, [*notes, *rope_notes, *window_notes(net, config, tokens)]
 
 
 def family_notes(model: Model) -> list[str]:
