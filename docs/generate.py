@@ -1,12 +1,14 @@
-"""Writes docs/configuration.md and docs/cli.md from the code: `python docs/generate.py`. A test keeps them in step."""
+"""Writes docs/configuration.md, docs/cli.md, docs/losses.md and its pictures from the code: `python docs/generate.py`. A test keeps them in step."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import json
+import sys
 import typing
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,15 @@ from upo_cli.main import COMMANDS, main
 
 from upo.config import PRESETS, RunConfig
 from upo.config_file import leaves, walk
-from upo.losses import LOSSES
+from upo.losses import FAMILIES, LOSSES, Auxiliary
+from upo.losses.base import NEEDS
+from upo.losses.options import defaults, ranges
 from upo.rewards import SCORERS
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+from plots import picture  # noqa: E402
+
 BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most"))
 
 CONFIGURATION = """\
@@ -53,6 +60,75 @@ COMMAND_LINE = """\
 
 Exit codes: 0 done; 1 an error in the input, told in one line; 2 wrong usage; 130 interrupted. A traceback is a bug of this program: please report it.
 """
+
+
+LOSS_PAGE = """\
+# Losses
+
+<!-- Made by docs/generate.py from the docstrings in upo/losses: change them there. -->
+
+Every loss is one class in `upo/losses`, written once and run by NumPy, PyTorch and MLX. `upo losses NAME` shows the same text. To add one: [adding-a-loss.md](adding-a-loss.md).
+
+Notation: log pi and log ref are summed over a completion's tokens, |y| is their number; g(y) = log pi(y|x) - log ref(y|x); D = g(y_w) - g(y_l) with the chosen
+y_w and the rejected y_l; s is the sigmoid; R is the total reward of the goals. A term is the mean of its values over the optimizer step, whatever the
+micro-batches and ranks. Any of them may be mixed (`preference: [{loss: dpo, weight: 0.8}, {loss: sft}]`), have its values weighted by a numeric column of the rows
+(`weight_column`, where a value belongs to one row), and carry UPO's auxiliary term.
+
+The pictures show one pair, 50 tokens each, as its chosen completion gains and its rejected one loses: the loss (solid, left numbers) and its slope (dashed, right
+numbers) against the margin D in nats, with default options.
+"""
+
+
+def loss_page() -> str:
+    """docs/losses.md: every family with its pictures, every loss with its formula, options and source."""
+    parts = [LOSS_PAGE, _loss_table()]
+    for family in FAMILIES:
+        title, _, _ = inspect.cleandoc(family.__doc__ or "").partition("\n")
+        parts.append(f"## {title.rstrip('.')}\n")
+        if pairs := pair_losses(family):
+            names = ", ".join(pairs)
+            parts.append(f"![{names}]({plot_name(family)})\n")
+        parts += [_loss(name) for name in members(family)]
+    parts.append("## The auxiliary term\n\n" + inspect.cleandoc(Auxiliary.__doc__ or "") + "\n\n" + _options(Auxiliary) + f"\nSource: {Auxiliary.source}\n")
+    return "\n".join(parts)
+
+
+def members(family: Any) -> list[str]:
+    """Names of a family's losses."""
+    return [name for name, loss in LOSSES.items() if loss.__module__ == family.__name__]
+
+
+def pair_losses(family: Any) -> list[str]:
+    """Those with one value per pair."""
+    return [name for name in members(family) if LOSSES[name].unit == "pair"]
+
+
+def plot_name(family: Any) -> str:
+    return f"plots/{family.__name__.rpartition('.')[2]}.svg"
+
+
+def _loss_table() -> str:
+    lines = ["| loss | data | needs | what it does |", "|---|---|---|---|"]
+    for name, loss in LOSSES.items():
+        summary, _, _ = inspect.cleandoc(loss.__doc__ or "").partition("\n\n")
+        lines.append(f"| [`{name}`](#{name}) | {loss.data} | {', '.join(sorted(loss.needs)) or 'nothing else'} | {' '.join(summary.split())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _loss(name: str) -> str:
+    loss = LOSSES[name]
+    needs = ", ".join(NEEDS[need] for need in sorted(loss.needs)) or "nothing else"
+    unit = {"chosen": "chosen completion"}.get(loss.unit, loss.unit)
+    whole = " Its values depend on the whole optimizer step, which is scored once without gradient first." if loss.coupled else ""
+    return f"### {name}\n\n{inspect.cleandoc(loss.__doc__ or '')}\n\n{_options(loss)}\nOne value per {unit}. Needs {needs}.{whole}\n\nSource: {loss.source}\n"
+
+
+def _options(loss: type) -> str:
+    if not defaults(loss):
+        return "No options.\n"
+    allowed = ranges(loss)
+    rows = [f"| `{option}` | `{default}` | {allowed[option]} |" for option, default in defaults(loss).items()]
+    return "\n".join(["| option | default | range |", "|---|---|---|", *rows]) + "\n"
 
 
 def configuration() -> str:
@@ -136,9 +212,11 @@ def _help(arguments: list[str]) -> str:
     return "```\n" + result.stdout.rstrip() + "\n```\n"
 
 
-PAGES = {"configuration.md": configuration, "cli.md": command_line}
+PAGES = {"configuration.md": configuration, "cli.md": command_line, "losses.md": loss_page}
+PAGES |= {plot_name(family): partial(picture, pair_losses(family)) for family in FAMILIES if pair_losses(family)}
 
 if __name__ == "__main__":
+    (DOCS / "plots").mkdir(exist_ok=True)
     for file, make in PAGES.items():
         (DOCS / file).write_text(make(), encoding="utf-8")
         print(f"wrote {DOCS / file}")

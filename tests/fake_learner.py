@@ -81,13 +81,14 @@ class FakeLearner:
         tokens = np.concatenate([forest.prompts[int(forest.owner[i])][-1:], forest.completions[i]])
         return tokens[:-1], tokens[1:]
 
-    def logps(self, forest: Forest, *, reference: bool = False) -> np.ndarray:
-        table = self._table(reference)
-        logp = np.array([table[self._steps_of(forest, i)].sum() for i in range(len(forest.completions))], np.float32)
-        self.scored += len(forest.completions) if reference else 0
-        return logp + (np.float32(self.reference_offset) if reference else np.float32(0))
+    def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
+        table = self._table(reference is not None)
+        by_token = [table[self._steps_of(forest, i)] for i in range(len(forest.completions))]
+        logp = np.concatenate(by_token).astype(np.float32) if tokens else np.array([t.sum() for t in by_token], np.float32)
+        self.scored += len(forest.completions) if reference is not None else 0
+        return logp + (np.float32(0) if reference is None else np.float32(self.reference_offset * (reference + 1)))
 
-    def prompt_states(self, forest: Forest) -> np.ndarray:
+    def prompt_states(self, forest: Forest, *, reference: int | None = None) -> np.ndarray:
         return np.eye(VOCAB, dtype=np.float32)[[int(p[-1]) for p in forest.prompts]]
 
     def fit_value(self, states: np.ndarray, prompt: np.ndarray, reward: np.ndarray) -> dict[str, float]:

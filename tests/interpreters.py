@@ -14,6 +14,7 @@ NAMES = ("numpy", "torch", "mlx")
 TOLERANCE = {  # (relative, absolute)
     "numpy": {"value": (1e-12, 1e-14)},  # float64
     "torch": {"value": (1e-5, 1e-6), "gradient": (1e-4, 1e-6)},  # float32
+    "torch64": {"value": (1e-12, 1e-14), "gradient": (1e-10, 1e-15)},  # float64; sums of 1e3 lose some digits of a gradient of 1e-9
     "mlx": {"value": (1e-5, 1e-6), "gradient": (1e-4, 1e-6)},  # float32; its exp is off by up to 3.5e-6 on a CPU
 }
 
@@ -74,6 +75,15 @@ class Torch(Interpreter):
         return [self.numpy(g) for g in grads]
 
 
+class Torch64(Torch):
+    """float64 on the CPU: what float32 leaves undecided, e.g. gradients of 1e-9."""
+
+    name = "torch64"
+
+    def floats(self, x: Any) -> Any:
+        return self.torch.tensor(np.asarray(x, np.float64))
+
+
 class Mlx(Interpreter):
     """float32 on the default device."""
 
@@ -115,15 +125,17 @@ def need_backend(name: str) -> None:
 def interpreter(name: str) -> Interpreter:
     """The interpreter, or a skip where its framework is not installed."""
     if name != "numpy":
-        need_backend(name)
-    return {"numpy": Interpreter, "torch": Torch, "mlx": Mlx}[name]()
+        need_backend(name.removesuffix("64"))
+    return {"numpy": Interpreter, "torch": Torch, "torch64": Torch64, "mlx": Mlx}[name]()
 
 
-def close(interpreter: Interpreter, what: str, found: Any, expected: Any, tails: bool = False) -> None:
+def close(interpreter: Interpreter, what: str, found: Any, expected: Any, tails: bool = False, size: float = 0.0) -> None:
     """Assert equal shapes, and numbers within the interpreter's tolerance; inf and nan must be equal.
 
-    With `tails` the tolerance is relative only: 2e-9 instead of 0 matters to a gradient.
+    With `tails` the tolerance is relative only: 2e-9 instead of 0 matters to a gradient. `size` is that of the numbers a value is the
+    mean of: where they cancel, their rounding remains.
     """
     assert np.shape(found) == np.shape(expected), (what, np.shape(found), np.shape(expected))
     relative, absolute = TOLERANCE[interpreter.name][what]
+    absolute = max(absolute, size * (2.0**-52 if interpreter.name in ("numpy", "torch64") else 2.0**-24))
     np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected, np.float64), rtol=relative, atol=1e-30 if tails else absolute, err_msg=what)

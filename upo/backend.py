@@ -29,6 +29,8 @@ class Outcome:
     partner_logp: np.ndarray | None = None  # [N]
     grad_norm: float = 0.0  # of the adapter, before clipping
     value_grad_norm: float = 0.0  # of the value head, before clipping
+    others: Mapping[str, np.ndarray] = field(default_factory=dict)  # further vectors of scores, by name (`upo.data.batch.SCORED`)
+    state: Mapping[str, float] = field(default_factory=dict)  # running statistics of the losses, this step's included
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,15 @@ class Learner(Protocol):
     info: ModelInfo
     comm: Comm
 
-    def logps(self, forest: Forest, *, reference: bool = False) -> np.ndarray:
-        """[N] float32 summed log-probs of the completions, without gradient; under the reference if asked. Local: no collective."""
+    def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
+        """[N] float32 summed log-probs of the completions, or with `tokens` [M] one for each of their tokens; without gradient.
+
+        Under the policy, or under the reference of this index. Local: no collective.
+        """
         ...
 
-    def prompt_states(self, forest: Forest) -> np.ndarray:
-        """[R, H] float32: the hidden state after the final norm at each prompt's last token, under the policy. Local."""
+    def prompt_states(self, forest: Forest, *, reference: int | None = None) -> np.ndarray:
+        """[R, H] float32: the hidden state after the final norm at each prompt's last token, under the policy or a reference. Local."""
         ...
 
     def fit_value(self, states: np.ndarray, prompt: np.ndarray, reward: np.ndarray) -> dict[str, float]:
@@ -97,7 +102,7 @@ class Learner(Protocol):
         ...
 
     def score(self, batch: Batch) -> Outcome:
-        """The policy's scores of a batch without gradient: logp, partner_logp if the batch has partners, value if there is a head."""
+        """The policy's scores of a batch without gradient: what the objective needs, partner_logp if the batch has partners."""
         ...
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Tokens]:
@@ -105,10 +110,11 @@ class Learner(Protocol):
         ...
 
     def state(self) -> dict[str, dict[str, np.ndarray]]:
-        """Everything that training changes, as float32 NumPy: {"adapter": ..., "value_head": ..., "optimizer": ...}.
+        """Everything that training changes, as NumPy: {"adapter": ..., "value_head": ..., "optimizer": ..., "losses": ...}.
 
         Names and layouts are PEFT's and torch's on either backend: `base_model.model.<path>.lora_A.weight` [r, in], `.lora_B.weight`
-        [out, r]; value head `0.weight`, `0.bias`, `2.weight`, ...; optimizer `<name>.exp_avg`, `.exp_avg_sq`, `.square_avg`, `.step`.
+        [out, r]; value head `0.weight`, `0.bias`, `2.weight`, ...; optimizer `<name>.exp_avg`, `.exp_avg_sq`, `.square_avg`, `.step`;
+        `losses` (float64, where a loss has any): running statistics by `Objective.initial_state`'s names.
         """
         ...
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from upo.config_file import Source, apply_override, explain, leaves, read_yaml
 from upo.errors import ConfigError
-from upo.losses import LOSSES, Auxiliary, Objective, build_loss
+from upo.losses import LOSSES, Auxiliary, Objective, Term, build_loss
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 reads 1e-5 as text: it wants 1.0e-5
 
@@ -91,6 +91,7 @@ class PreferenceConfig(Section):
     model_config = ConfigDict(extra="allow")
     loss: str = Field(description="name of the loss (`upo losses`)")
     weight: float = Field(1.0, gt=0, description="factor of this term")
+    weight_column: str | None = Field(None, description="numeric column of the rows by which each value of the loss is multiplied; a pair's is its chosen side's")
 
     @model_validator(mode="before")
     @classmethod
@@ -99,8 +100,12 @@ class PreferenceConfig(Section):
 
     @model_validator(mode="after")
     def _known(self) -> PreferenceConfig:
-        build_loss(self.loss, **(self.model_extra or {}))
+        self.term()
         return self
+
+    def term(self) -> Term:
+        """The executable term. Raises ValueError naming what is wrong with it."""
+        return Term(build_loss(self.loss, **(self.model_extra or {})), self.weight, self.weight_column)
 
 
 class RewardConfig(Section):
@@ -139,7 +144,7 @@ class AuxiliaryConfig(Section):
     @field_validator("rewards", mode="before")
     @classmethod
     def _list(cls, value: Any) -> Any:
-        value = [value] if isinstance(value, (str, Mapping)) else value
+        value = _listed(value)
         if value is None or (isinstance(value, (list, tuple)) and not value):
             raise ValueError("name at least one goal, e.g. [{scorer: readability, weight: 1.0}]")
         return value
@@ -157,6 +162,15 @@ class ObjectiveConfig(Section):
     preset: Literal["upo", "paper"] | None = Field(None, description="fills in what is not given: `upo` for laptop-sized runs, `paper` for the paper's numbers")
     preference: tuple[PreferenceConfig, ...] = Field((), description="one loss or a list of them")
     auxiliary: AuxiliaryConfig | None = Field(None, description="goals of your own")
+    rewards: tuple[RewardConfig, ...] = Field(
+        (), description="goals for preference losses that use rewards (modpo, exo_reward, a_lol, ...), where there is no `auxiliary`, whose goals they share"
+    )
+    value: ValueConfig = Field(ValueConfig(), description="the value head of such losses, where there is no `auxiliary`")
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return _listed(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -180,13 +194,35 @@ class ObjectiveConfig(Section):
     def _something(self) -> ObjectiveConfig:
         if not self.preference and self.auxiliary is None:
             raise ValueError("nothing to optimise: give objective.preference, objective.auxiliary or objective.preset")
+        if self.auxiliary is not None and (self.rewards or self.value != ValueConfig()):
+            raise ValueError("objective.rewards and objective.value are for runs without objective.auxiliary; all losses share the goals and the head given there")
+        wanting = [p.loss for p in self.preference if "rewards" in p.term().loss.requires()]
+        if wanting and not self.goals:
+            raise ValueError(f"{wanting[0]} needs rewards; name goals in objective.rewards, e.g. [{{scorer: column, column: score}}]")
+        if self.rewards and not wanting:
+            raise ValueError("objective.rewards: no loss of objective.preference uses rewards; to train on goals as UPO does, name them in objective.auxiliary.rewards")
         return self
+
+    @property
+    def goals(self) -> tuple[RewardConfig, ...]:
+        """The goals whose weighted sum is the reward R."""
+        return self.auxiliary.rewards if self.auxiliary else self.rewards
+
+    @property
+    def goals_key(self) -> str:
+        """Where they stand in the configuration."""
+        return "objective.auxiliary.rewards" if self.auxiliary else "objective.rewards"
+
+    @property
+    def value_head(self) -> ValueConfig:
+        """Options of the value head."""
+        return self.auxiliary.value if self.auxiliary else self.value
 
     def build(self) -> Objective:
         """The executable objective."""
         aux = self.auxiliary
         return Objective(
-            preference=tuple((build_loss(p.loss, **(p.model_extra or {})), p.weight) for p in self.preference),
+            preference=tuple(p.term() for p in self.preference),
             auxiliary=None
             if aux is None
             else Auxiliary(
@@ -225,6 +261,9 @@ class TrainConfig(Section):
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept")
+    keep_best: Literal["loss", "loss/preference", "loss/auxiliary", "accuracy", "margin", "logp/chosen"] | None = Field(
+        None, description="metric of the held-out rows by which the best evaluated checkpoint is kept as well; needs `eval_every`"
+    )
 
 
 class RunConfig(Section):
@@ -238,7 +277,9 @@ class RunConfig(Section):
     quantize: Literal["none", "nf4"] = Field("none", description="`nf4`: 4-bit base by bitsandbytes (CUDA). MLX 4-bit folders need no option")
     data: DataConfig = Field(description="where the rows come from")
     adapter: AdapterConfig = Field(AdapterConfig(), description="what is trained")
-    reference: str = Field("base", min_length=1, description="`base` (adapters off), `start` (adapter.start), or a folder with an adapter")
+    reference: str | tuple[str, ...] = Field(
+        "base", description="`base` (adapters off), `start` (adapter.start), or a folder with an adapter; a list of them for losses that compare several (mrpo)"
+    )
     objective: ObjectiveConfig = Field(
         default_factory=lambda: ObjectiveConfig.model_validate({"preference": {"loss": "dpo"}}), description="what is optimised; DPO if not given"
     )
@@ -247,9 +288,22 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.reference == "start" and self.adapter.start is None:
+        if not self.references or not all(self.references):
+            raise ValueError("reference: must name at least one: base, start or a folder with an adapter")
+        if len(set(self.references)) < len(self.references):
+            raise ValueError("reference: names the same one twice")
+        if "start" in self.references and self.adapter.start is None:
             raise ValueError("reference: start needs adapter.start; without a start adapter the reference is base")
+        for preference in self.objective.preference:
+            preference.term().loss.check_run(len(self.references), self.train.batch_size)
+        if len(self.references) > 1 and "references" not in self.objective.build().needs:
+            raise ValueError("reference: is a list, but no loss of objective.preference uses more than one (mrpo does)")
         return self
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The references; the first is the one that losses with a single reference use."""
+        return (self.reference,) if isinstance(self.reference, str) else self.reference
 
     def dump(self) -> str:
         """YAML that loads to the same configuration."""
@@ -291,7 +345,6 @@ def config_schema() -> dict[str, Any]:
 
 def _variant(key: str, name: str, kind: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of one loss or scorer: its name, the shared keys, and its own options."""
-    options = {f.name: f.default for f in dataclasses.fields(kind)}
     return {
         "type": "object",
         "title": name,
@@ -299,11 +352,21 @@ def _variant(key: str, name: str, kind: Any, shared: Mapping[str, Any]) -> dict[
         "properties": {
             key: {"const": name},
             **shared,
-            **{option: {"type": "number" if isinstance(default, float) else "string", "default": default} for option, default in options.items()},
+            **{f.name: _option(f) for f in dataclasses.fields(kind)},
         },
         "required": [key],
         "additionalProperties": False,
     }
+
+
+def _option(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    choices = field.metadata.get("choices")
+    kind = {"enum": list(choices)} if choices else {"type": {float: "number", int: "integer", str: "string"}[type(field.default)]}
+    return {**kind, "default": field.default}
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, (str, Mapping)) else value
 
 
 def _as_number(value: Any) -> Any:

@@ -34,15 +34,19 @@ def policy_adapter(config: RunConfig, dims: Dims) -> tuple[Adapter, list[str]]:
     return start, [f"adapter: rank {start.rank}, scale {start.scale:g} and {len(start.targets)} layers, as in {wanted.start}"]
 
 
-def reference_adapter(config: RunConfig, dims: Dims, policy: Adapter) -> Adapter | None:
-    """The reference's adapter: None for `base`, the policy's own beginning for `start`, or the one in a folder."""
-    if config.reference == "base":
+def reference_adapters(config: RunConfig, dims: Dims, policy: Adapter) -> list[Adapter | None]:
+    """Each reference's adapter: None for `base`, the policy's own beginning for `start`, or the one in a folder."""
+    return [_reference_adapter(name, config, dims, policy) for name in config.references]
+
+
+def _reference_adapter(name: str, config: RunConfig, dims: Dims, policy: Adapter) -> Adapter | None:
+    if name == "base":
         return None
-    if config.reference == "start":
+    if name == "start":
         if config.adapter.start is None:
             raise ConfigError("reference: `start` is the adapter the run starts from, but adapter.start is not given. Use `base`, or give adapter.start.")
         return policy
-    reference = adapters.read_adapter(config.reference)
+    reference = adapters.read_adapter(name)
     check_fits(dims, reference, "reference")
     return reference
 

@@ -49,6 +49,15 @@ def token_logps_only(head: Head, hidden: Array, targets: Array) -> Array:
     return mx.concatenate(parts)
 
 
+def collisions(head: Head, hidden: Array) -> Array:
+    """[M] float32 log sum_v p(v)^2 over the vocabulary at each hidden state [M, H]: how often two draws would agree. Constants."""
+    parts = []
+    for h, _ in _chunks(head, hidden, hidden):
+        logits = head(h)
+        parts.append((_log_partition(2 * logits)[0] - 2 * _log_partition(logits)[0])[:, 0])
+    return mx.stop_gradient(mx.concatenate(parts))
+
+
 def _chunks(head: Head, hidden: Array, targets: Array) -> Iterator[tuple[Array, Array]]:
     width = head(hidden[:1]).shape[-1]  # only its shape is used, so nothing is computed
     size = max(1, CHUNK_ELEMENTS // width)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from upo.errors import RunError
 from upo_mlx.device import mx, to_numpy
 
 Array = mx.array
@@ -51,9 +52,11 @@ class Optimizer:
         return {f"{prefix}{name}.{m}": a for m, arrays in self.moments.items() for name, a in export_arrays(arrays).items()} | steps
 
     def load_state(self, state: Mapping[str, np.ndarray], prefix: str = "") -> None:
-        """Inverse of `state`; the caller has checked names and shapes (`check_like`)."""
+        """Inverse of `state`; the caller has checked names and shapes (`check_like`). Raises RunError if parameters are at different steps."""
         moments = {m: import_arrays({name: state[f"{prefix}{name}.{m}"] for name in arrays}) for m, arrays in self.moments.items()}
         steps = {int(array) for name, array in state.items() if name.startswith(prefix) and name.endswith(".step")}
+        if len(steps) > 1:
+            raise RunError(f"checkpoint: optimizer: parameters at different steps ({', '.join(map(str, sorted(steps)))}); all advance together here.")
         self.moments, self.steps = moments, max(steps, default=0)
 
 

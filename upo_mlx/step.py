@@ -12,22 +12,37 @@ import numpy as np
 
 from upo import adapters, models
 from upo.backend import Comm, ModelInfo, Outcome, Sampling
-from upo.config import RunConfig
-from upo.data.batch import Batch
-from upo.data.forest import Forest, Tokens, padded
-from upo.errors import BackendError, ConfigError
-from upo.learner import Part, check_finite, check_like, partner_logratio, partners_of, parts_of
-from upo.losses.base import Scores
-from upo.targets import policy_adapter, reference_adapter
+from upo.config import RunConfig, ValueConfig
+from upo.data.batch import Batch, with_scored
+from upo.data.forest import Forest, Layout, Tokens, padded
+from upo.errors import BackendError
+from upo.learner import (
+    Part,
+    Scored,
+    advanced,
+    blank,
+    check_finite,
+    check_like,
+    fill,
+    outcome_of,
+    partner_logratio,
+    partners_of,
+    parts_of,
+    scored_names,
+    sum_over_ranks,
+)
+from upo.losses.base import LEAVES, Scores
+from upo.targets import policy_adapter, reference_adapters
 from upo_mlx import device, generate, value
 from upo_mlx.device import MlxComm, mx, to_numpy
-from upo_mlx.logps import token_logps, token_logps_only
+from upo_mlx.logps import collisions, token_logps, token_logps_only
 from upo_mlx.model import BASE, LoRA, Model, family_notes, load_base, lora_from
 from upo_mlx.ops import ops
 from upo_mlx.state import Optimizer, clip, export_arrays, import_arrays
 
 Array = mx.array
 Arrays = dict[str, Array]
+TokenLogps = Callable[[Any, Array, Array], Array]
 HEAD = "value_head."
 
 
@@ -44,8 +59,8 @@ def load_learner(config: RunConfig) -> MlxLearner:
     model = Model(net)
     dims = model.dims()
     start, started = policy_adapter(config, dims)
-    reference = reference_adapter(config, dims, start)
-    for adapter in (start, reference):
+    references = reference_adapters(config, dims, start)
+    for adapter in (start, *references):
         model.add_loras(adapter.targets if adapter else ())
     policy = lora_from(start)
     model.check()
@@ -59,7 +74,7 @@ def load_learner(config: RunConfig) -> MlxLearner:
         weights_hash=models.weights_hash(folder),
         notes=(*notes, *device.blas_notes(where), *repaired, *family_notes(model), *started),
     )
-    return MlxLearner(config, comm, model, policy, lora_from(reference) if reference else BASE, info, folder)
+    return MlxLearner(config, comm, model, policy, [lora_from(r) if r else BASE for r in references], info, folder)
 
 
 def parameter_count(net: Any) -> int:
@@ -79,15 +94,19 @@ def _flat(net: Any) -> Sequence[tuple[str, Array]]:
 class MlxLearner:
     """`upo.backend.Learner` on MLX."""
 
-    def __init__(self, config: RunConfig, comm: MlxComm, model: Model, policy: LoRA, reference: LoRA, info: ModelInfo, folder: Path) -> None:
+    def __init__(
+        self, config: RunConfig, comm: MlxComm, model: Model, policy: LoRA, references: Sequence[LoRA], info: ModelInfo, folder: Path
+    ) -> None:
         self.config, self.model, self.info, self.folder = config, model, info, folder
         self.comm: Comm = comm
-        self.policy, self.reference = policy, reference
+        self.policy, self.references = policy, references
         self.objective = config.objective.build()
+        self.running = self.objective.initial_state()
+        self.names = scored_names(self.objective.needs)
         chosen = config.optimizer
         self.optimizer = Optimizer(chosen.name, policy.arrays, chosen.eps, chosen.weight_decay)
         self.head: Arrays = {}
-        if "value" in self.objective.needs:
+        if {"value", "token_value"} & set(self.names):
             width = int(model.hidden(mx.zeros((1, 1), mx.int32)).shape[-1])
             self.head = value.initial_head(width, 0.0, config.train.seed)
         self.head_optimizer = Optimizer("adamw", self.head)
@@ -95,119 +114,130 @@ class MlxLearner:
 
     # --- Scores -------------------------------------------------------------------------------------------------------------------
 
-    def logps(self, forest: Forest, *, reference: bool = False) -> np.ndarray:
-        """[N] float32, without gradient; under the reference if asked."""
-        with self.model.using(self.reference if reference else self.policy):
-            return np.array(self._scores(forest, token_logps_only)[0])
+    def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
+        """[N] float32 log-probs of completions, or [M] of their tokens, without gradient; under a reference if asked."""
+        with self.model.using(self.policy if reference is None else self.references[reference]):
+            layout = padded(forest)
+            found = self._tokens(layout, self._hidden(layout), token_logps_only)
+            return np.array(found if tokens else self._sums(found, layout, len(forest.completions)))
 
-    def prompt_states(self, forest: Forest) -> np.ndarray:
-        """[R, H] float32 hidden states at the last prompt tokens, under the policy."""
-        alone = Forest(forest.prompts, (), np.zeros(0, np.int64))
-        layout = padded(alone)
-        with self.model.using(self.policy):
-            hidden = self.model.hidden(mx.array(layout.ids))
-            return to_numpy(_rows(hidden)[mx.array(layout.value_src)])
+    def prompt_states(self, forest: Forest, *, reference: int | None = None) -> np.ndarray:
+        """[R, H] float32 hidden states at the last prompt tokens, under the policy or a reference."""
+        layout = padded(Forest(forest.prompts, (), np.zeros(0, np.int64)))
+        with self.model.using(self.policy if reference is None else self.references[reference]):
+            return to_numpy(self._hidden(layout)[mx.array(layout.value_src)])
 
     def score(self, batch: Batch) -> Outcome:
-        """logp, partner_logp and value of a batch under the policy, shared between the ranks (every rank must call it)."""
-        parts = parts_of(batch, self.config.train.micro_batch_tokens, self.comm)
-        logp, v = self._score_parts(batch, parts)
-        return Outcome(logp, v, self._partner_logps(batch))
+        """What the objective needs of a batch under the policy, shared between the ranks (every rank must call it)."""
+        whole = self._score_parts(batch, parts_of(batch, self.config.train.micro_batch_tokens, self.comm))
+        return outcome_of(whole, self._partner_logps(batch), self.running)
 
-    def _scores(self, forest: Forest, score: Callable[[Any, Array, Array], Array]) -> tuple[Array, Array]:
-        """Summed log-probs [N] and the hidden states at the last prompt tokens [R, H]."""
-        layout = padded(forest)
-        hidden = _rows(self.model.hidden(mx.array(layout.ids)))
-        tokens = score(self.model.head, hidden[mx.array(layout.src)], mx.array(layout.tgt))
-        return ops.segment_sum(tokens, mx.array(layout.own), len(forest.completions)), hidden[mx.array(layout.value_src)]
+    def _scores(self, batch: Batch, head: Arrays, score: TokenLogps) -> Arrays:
+        """What the objective needs of a micro-batch, by name (`upo.data.batch.SCORED`)."""
+        layout, n, m = padded(batch.scored), batch.size("logp"), batch.size("token_logp")
+        hidden = self._hidden(layout)
+        tokens = self._tokens(layout, hidden, score)
+        sums = self._sums(tokens, layout, len(batch.scored.completions))  # the completions, then the anchors
+        makers: dict[str, Callable[[], Array]] = {
+            "logp": lambda: sums[:n],
+            "anchor_logp": lambda: sums[n:],
+            "token_logp": lambda: tokens[:m],
+            "collision": lambda: ops.segment_sum(collisions(self.model.head, hidden[mx.array(layout.src[:m])]), mx.array(layout.own[:m]), n),
+            "value": lambda: value.value(head, hidden[mx.array(layout.value_src)]),
+            "token_value": lambda: value.value(head, hidden[mx.array(layout.src[:m])]),
+        }
+        return {name: makers[name]() for name in self.names}
 
-    def _score_parts(self, batch: Batch, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Whole-step logp [N] and value [R], without gradient."""
-        logp, v = np.zeros(len(batch.label), np.float32), np.zeros(len(batch.origins), np.float32)
+    def _tokens(self, layout: Layout, hidden: Array, score: TokenLogps) -> Array:
+        return score(self.model.head, hidden[mx.array(layout.src)], mx.array(layout.tgt))
+
+    def _sums(self, tokens: Array, layout: Layout, completions: int) -> Array:
+        return ops.segment_sum(tokens, mx.array(layout.own), completions)
+
+    def _hidden(self, layout: Layout) -> Array:
+        hidden = self.model.hidden(mx.array(layout.ids))
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def _score_parts(self, batch: Batch, parts: Sequence[Part]) -> Scored:
+        """Whole-step scores, without gradient."""
+        whole = blank(batch, self.names)
         with self.model.using(self.policy):
             for part in parts:
-                scores, states = self._scores(part.batch.forest, token_logps_only)
-                logp[part.completions] = np.array(scores)
-                if self.head:
-                    v[part.rows] = np.array(value.value(self.head, states))
-        logp, v = np.split(self.comm.all_sum(np.concatenate([logp, v])), [len(logp)])
-        return logp, v if self.head else None
+                fill(whole, part.places, {name: np.array(x) for name, x in self._scores(part.batch, self.head, token_logps_only).items()})
+        return sum_over_ranks(self.comm, whole)
 
     def _partner_logps(self, batch: Batch) -> np.ndarray | None:
-        """Whole-step log-probs [N] of KTO's partners, without gradient."""
+        """Whole-step log-probs [N] of KTO's partners, without gradient, in micro-batches of their own: their lengths are others."""
         if batch.partners is None:
             return None
-        logp = np.zeros(len(batch.label), np.float32)
-        with self.model.using(self.policy):
-            for part in parts_of(partners_of(batch), self.config.train.micro_batch_tokens, self.comm):
-                logp[part.completions] = np.array(self._scores(part.batch.forest, token_logps_only)[0])
-        return self.comm.all_sum(logp)
+        whole = blank(batch, ["logp"])
+        for part in parts_of(partners_of(batch), self.config.train.micro_batch_tokens, self.comm):
+            fill(whole, part.places, {"logp": self.logps(part.batch.forest)})
+        return sum_over_ranks(self.comm, whole)["logp"]
 
     # --- Training -----------------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, lr: float) -> Outcome:
         """One optimizer step on the whole batch. Raises NonFiniteError before any weight has changed."""
-        parts = parts_of(batch, self.config.train.micro_batch_tokens, self.comm)
         partner_logp = self._partner_logps(batch)
         partner = partner_logratio(batch, partner_logp)
-
-        weights = self._coefficients(batch, parts, partner) if self.objective.coupled else None
-        logp, v = np.zeros(len(batch.label), np.float32), np.zeros(len(batch.origins), np.float32)
+        parts = parts_of(batch, self.config.train.micro_batch_tokens, self.comm)
+        weights, running = self._coefficients(batch, parts, partner_logp) if self.objective.coupled else (None, self.running)
+        whole = blank(batch, self.names)
         total = {name: mx.zeros_like(p) for name, p in {**self.policy.arrays, **self._head_params()}.items()}
         for part in parts:
-            part_logp, part_value, grads = self._gradient(part, partner, weights)
+            found, grads = self._gradient(part, partner, weights)
             total = {name: total[name] + grads[name] for name in total}
-            mx.eval(total, part_logp, part_value)
-            logp[part.completions], v[part.rows] = np.array(part_logp), np.array(part_value)
-        total, logp, v = self._sum_over_ranks(total, logp, v)
+            mx.eval(total, found)
+            fill(whole, part.places, {name: np.array(x) for name, x in found.items()})
+        total, whole = self._sum_over_ranks(total, whole)
 
         adapter, norm = clip({name: total[name] for name in self.policy.arrays}, self.config.optimizer.clip)
-        head, head_norm = clip({name: total[HEAD + name] for name in self.head}, self._head_clip()) if self.head else ({}, mx.array(0.0))
-        outcome = Outcome(logp, v if self.head else None, partner_logp, float(np.array(norm)), float(np.array(head_norm)))
-        check_finite(batch, logp=logp, value=outcome.value, gradient=np.array([outcome.grad_norm, outcome.value_grad_norm]))
+        head, head_norm = clip({name: total[HEAD + name] for name in self.head}, self._value_config().clip) if self.head else ({}, mx.array(0.0))
+        norms = float(np.array(norm)), float(np.array(head_norm))
+        check_finite(batch, whole, norms)
 
         self.policy = replace(self.policy, arrays=self.optimizer.update(self.policy.arrays, adapter, lr))
         if self.head:
             self.head = self.head_optimizer.update(self.head, head, self._value_config().lr)
         mx.eval(dict(self.policy.arrays), self.head, self.optimizer.moments, self.head_optimizer.moments)
-        return outcome
+        self.running = running
+        return outcome_of(whole, partner_logp, running, norms)
 
-    def _gradient(self, part: Part, partner: np.ndarray | None, weights: tuple[np.ndarray, np.ndarray] | None) -> tuple[Array, Array, Arrays]:
-        """logp [n], value [r] and the gradient of this micro-batch's share of the step's loss by parameter name.
+    def _gradient(self, part: Part, partner: np.ndarray | None, weights: Scored | None) -> tuple[Arrays, Arrays]:
+        """The scores of this micro-batch, and the gradient of its share of the step's loss by parameter name.
 
-        With `weights`, the coefficients of the step's logp and value that a coupled loss has already been reduced to.
+        With `weights`, the coefficients of the step's scores that a coupled loss has already been reduced to.
         """
-        fixed = _fixed_scores(part.batch, partner)
-        owner = mx.array(part.batch.forest.owner)
+        fixed = self._fixed_scores(part.batch, partner)
 
-        def loss(params: Arrays) -> tuple[Array, Array, Array]:
+        def loss(params: Arrays) -> tuple[Array, Arrays]:
             adapter = LoRA({name: params[name] for name in self.policy.arrays}, self.policy.scale)
-            with self.model.using(adapter), self._checkpointing():
-                logp, states = self._scores(part.batch.forest, token_logps)
             head = {name: params[HEAD + name] for name in self.head}
-            v = value.value(head, states) if head else mx.zeros(len(part.rows))
+            with self.model.using(adapter), self._checkpointing():
+                found = self._scores(part.batch, head, token_logps)
             if weights is not None:
-                share = mx.sum(mx.array(weights[0][part.completions]) * logp) + mx.sum(mx.array(weights[1][part.rows]) * v)
-            else:
-                scores = replace(fixed, logp=logp, value=mx.take(v, owner) if head else None)
-                share = self.objective(ops, scores)["loss"]
-            return share, logp, v
+                shares = [mx.sum(mx.array(w[part.places.of(name)]) * found[name]) for name, w in weights.items()]
+                return sum(shares[1:], shares[0]), found
+            return self.objective(ops, with_scored(ops, fixed, found))["loss"], found
 
-        (_, logp, v), grads = mx.value_and_grad(loss)({**self.policy.arrays, **self._head_params()})
-        return logp, v, grads
+        (_, found), grads = mx.value_and_grad(loss)({**self.policy.arrays, **self._head_params()})
+        return found, grads
 
-    def _coefficients(self, batch: Batch, parts: Sequence[Part], partner: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Gradient of a coupled objective with respect to the step's logp [N] and value [R]: a first pass over all micro-batches."""
-        logp, v = self._score_parts(batch, parts)
-        check_finite(batch, logp=logp, value=v)
-        fixed, owner = _fixed_scores(batch, partner), mx.array(batch.forest.owner)
+    def _coefficients(self, batch: Batch, parts: Sequence[Part], partner_logp: np.ndarray | None) -> tuple[Scored, dict[str, float]]:
+        """Gradient of a coupled objective with respect to the step's scores, after a first pass over all micro-batches; and its running
+        statistics with this step taken in."""
+        whole = self._score_parts(batch, parts)
+        check_finite(batch, whole)
+        running = advanced(self.objective, batch, outcome_of(whole, partner_logp, self.running))
+        fixed = self._fixed_scores(batch, partner_logratio(batch, partner_logp), running)
+        constants = {name: mx.array(vector) for name, vector in whole.items() if name not in LEAVES}
 
-        def loss(logp: Array, v: Array) -> Array:
-            return self.objective(ops, replace(fixed, logp=logp, value=mx.take(v, owner) if self.head else None))["loss"]
+        def loss(leaves: Arrays) -> Array:
+            return self.objective(ops, with_scored(ops, fixed, {**constants, **leaves}))["loss"]
 
-        start = mx.array(logp), mx.array(np.zeros(len(batch.origins), np.float32) if v is None else v)
-        by_logp, by_value = mx.grad(loss, argnums=(0, 1))(*start)
-        return np.array(by_logp), np.array(by_value)
+        grads = mx.grad(loss)({name: mx.array(vector) for name, vector in whole.items() if name in LEAVES})
+        return {name: np.array(g) for name, g in grads.items()}, running
 
     def _checkpointing(self) -> AbstractContextManager[None]:
         return self.model.recomputing() if self.config.train.gradient_checkpointing else nullcontext()
@@ -215,33 +245,25 @@ class MlxLearner:
     def _head_params(self) -> Arrays:
         return {HEAD + name: array for name, array in self.head.items()}
 
-    def _sum_over_ranks(self, grads: Arrays, logp: np.ndarray, v: np.ndarray) -> tuple[Arrays, np.ndarray, np.ndarray]:
+    def _sum_over_ranks(self, grads: Arrays, whole: Scored) -> tuple[Arrays, Scored]:
         """One sum for everything a step shares."""
         if self.comm.size == 1:
-            return grads, logp, v
-        flat = [*(np.array(g).ravel() for g in grads.values()), logp, v]
-        summed = np.split(self.comm.all_sum(np.concatenate(flat)), np.cumsum([a.size for a in flat])[:-1])
-        return {name: mx.array(a.reshape(g.shape)) for (name, g), a in zip(grads.items(), summed[:-2], strict=True)}, summed[-2], summed[-1]
+            return grads, whole
+        summed = sum_over_ranks(self.comm, {**{f"grad {name}": np.array(g).ravel() for name, g in grads.items()}, **whole})
+        return {name: mx.array(summed[f"grad {name}"].reshape(g.shape)) for name, g in grads.items()}, {name: summed[name] for name in whole}
 
     # --- Value head ---------------------------------------------------------------------------------------------------------------
 
     def fit_value(self, states: np.ndarray, prompt: np.ndarray, reward: np.ndarray) -> dict[str, float]:
         """Start the head anew at the mean reward and fit it (`value.fit`)."""
-        chosen, auxiliary = self._value_config(), self.objective.auxiliary
-        assert auxiliary is not None
+        chosen = self._value_config()
         head = value.initial_head(states.shape[1], float(np.mean(reward)), self.config.train.seed)
-        self.head, loss = value.fit(head, states, prompt, reward, auxiliary.expectile, chosen.fit_steps, chosen.fit_lr)
+        self.head, loss = value.fit(head, states, prompt, reward, self.objective.expectile, chosen.fit_steps, chosen.fit_lr)
         self.head_optimizer = Optimizer("adamw", self.head)
         return {"value/fit_loss": loss}
 
-    def _value_config(self) -> Any:
-        auxiliary = self.config.objective.auxiliary
-        if auxiliary is None:
-            raise ConfigError("objective.auxiliary: a value head needs auxiliary rewards.")
-        return auxiliary.value
-
-    def _head_clip(self) -> float:
-        return float(self._value_config().clip)
+    def _value_config(self) -> ValueConfig:
+        return self.config.objective.value_head
 
     # --- Generation and state -----------------------------------------------------------------------------------------------------
 
@@ -258,7 +280,8 @@ class MlxLearner:
         """Adapter, value head and optimizer as float32 NumPy, in PEFT's and torch's names and layouts."""
         moments = self.optimizer.state() | (self.head_optimizer.state(HEAD) if self.head else {})
         sections = {"adapter": export_arrays(self.policy.arrays), "optimizer": moments}
-        return sections | ({"value_head": export_arrays(self.head)} if self.head else {})
+        running = {name: np.array(v, np.float64) for name, v in self.running.items()}
+        return sections | ({"value_head": export_arrays(self.head)} if self.head else {}) | ({"losses": running} if running else {})
 
     def load_state(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Inverse of `state`; refuses missing, unexpected or differently shaped arrays by name."""
@@ -269,6 +292,12 @@ class MlxLearner:
         if self.head:
             self.head = import_arrays(state["value_head"])
             self.head_optimizer.load_state(moments, HEAD)
+        self.running = {name: float(state["losses"][name]) for name in self.running}
+
+    def _fixed_scores(self, batch: Batch, partner: np.ndarray | None, state: Mapping[str, float] | None = None) -> Scores:
+        """The scores of a batch as MLX arrays, all but what the model finds."""
+        scores = batch.scores(np.zeros(len(batch.label), np.float32), None, partner, state=self.running if state is None else state)
+        return scores.map(mx.array, mx.array)
 
     def adapter_config(self) -> dict[str, Any]:
         """PEFT's adapter_config.json."""
@@ -277,13 +306,3 @@ class MlxLearner:
 
     def peak_memory_gb(self) -> float:
         return device.peak_memory_gb(self.info.device)
-
-
-def _fixed_scores(batch: Batch, partner: np.ndarray | None) -> Scores:
-    """The scores of a batch as MLX arrays, all but logp and value."""
-    return batch.scores(np.zeros(len(batch.label), np.float32), None, partner).map(mx.array, mx.array)
-
-
-def _rows(hidden: Array) -> Array:
-    return hidden.reshape(-1, hidden.shape[-1])
-

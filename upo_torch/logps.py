@@ -26,6 +26,13 @@ def token_logps(head: Head, width: int, hidden: torch.Tensor, targets: torch.Ten
         return torch.cat([_gather(logits := head(h), t) - torch.logsumexp(logits, -1) for h, t in _chunks(hidden, targets, width)])
 
 
+@torch.no_grad()
+def collisions(head: Head, width: int, hidden: torch.Tensor) -> torch.Tensor:
+    """[M] float32 log sum_v p(v)^2 over the vocabulary at each hidden state [M, H]: how often two draws would agree. Constants."""
+    parts = [torch.logsumexp(2 * (logits := head(h)), -1) - 2 * torch.logsumexp(logits, -1) for h in _rows(hidden, width)]
+    return torch.cat(parts)
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, width: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from upo.errors import BackendError, ConfigError, ModelError, UpoError
 from upo.models import is_quantized_mlx, model_config
 from upo.targets import some
 
-POLICY, REFERENCE = "default", "reference"  # PEFT's names of the two adapters
+POLICY, REFERENCE = "default", "reference"  # PEFT's name of the adapter to train, and how those of references begin
 
 
 class LowRank(nn.Module):
@@ -63,7 +63,7 @@ class Model:
         self.policy: dict[str, nn.Parameter] = {}
         self.scale = 0.0
         self._peft: Any = None
-        self._has_reference = False
+        self._references: list[str | None] = []  # PEFT's name of each reference's adapter; None for the base
 
     @property
     def layers(self) -> int:
@@ -88,11 +88,13 @@ class Model:
         """The adapter to train."""
         self.policy, self.scale = self._add(POLICY, adapter), adapter.scale
 
-    def add_reference(self, adapter: Adapter) -> None:
-        """A second, frozen adapter, in use inside `reference()` only."""
-        self._add(REFERENCE, adapter)
-        self._has_reference = True
-        self._peft.set_adapter(POLICY)
+    def add_reference(self, adapter: Adapter | None) -> None:
+        """Another reference: the base, or a frozen adapter, in use inside `reference()` only."""
+        name = None if adapter is None else f"{REFERENCE}_{len(self._references)}"
+        self._references.append(name)
+        if name is not None and adapter is not None:
+            self._add(name, adapter)
+            self._peft.set_adapter(POLICY)
 
     def _add(self, name: str, adapter: Adapter) -> dict[str, nn.Parameter]:
         from peft import LoraConfig, get_peft_model
@@ -115,14 +117,14 @@ class Model:
         return params
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Compute as the reference inside the block: with the second adapter, or with none."""
+    def reference(self, index: int) -> Iterator[None]:
+        """Compute as the reference of this index inside the block: with its adapter, or with none."""
         if self._peft is None:
             yield
             return
         try:
-            if self._has_reference:
-                self._peft.set_adapter(REFERENCE)
+            if (name := self._references[index]) is not None:
+                self._peft.set_adapter(name)
             else:
                 self._peft.base_model.disable_adapter_layers()
             yield

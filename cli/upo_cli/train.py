@@ -31,6 +31,7 @@ def _print_schema(ctx: click.Context, param: click.Parameter, wanted: bool) -> N
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the run, new or empty.  [default: runs/NAME-OF-CONFIG]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a configuration key, e.g. optimizer.lr=1e-5. May be repeated.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint; its own configuration is used if none is named.")
+@click.option("--reschedule", is_flag=True, help="With --resume: take a new length or new learning rates (--set, CONFIG) from the checkpoint on.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen (rows, tokens, steps, memory) and stop.")
 @json_option
 @allow_code_option
@@ -42,6 +43,7 @@ def train(
     out: Path | None,
     overrides: tuple[str, ...],
     resume: bool,
+    reschedule: bool,
     dry_run: bool,
     as_json: bool,
     allow_code: bool,
@@ -50,16 +52,20 @@ def train(
     """Fine-tune as the YAML file CONFIG says; docs/configuration.md lists its keys.
 
     Paths in CONFIG are relative to the current directory. The folder of the run gets its configuration, metrics, checkpoints and, at
-    the end, the adapter. Nothing is overwritten. Ctrl-C saves a checkpoint; --resume goes on from it.
+    the end, the adapter. Nothing is overwritten. Ctrl-C saves a checkpoint; --resume goes on from it, with either backend and on any
+    machine; docs/moving-runs.md says what may change on the way.
 
     \b
     Examples:
       upo train my.yaml --dry-run
       upo train my.yaml --out runs/first --set train.steps=20
       upo train --resume --out runs/first
+      upo train --resume --out runs/first --set train.epochs=2 --reschedule
       torchrun --nproc-per-node 2 -m upo_cli train my.yaml
       mlx.launch -n 2 -- python -m upo_cli train my.yaml
     """
+    if reschedule and not resume:
+        raise click.UsageError("--reschedule changes a run that is resumed: add --resume.")
     config, out = _files(config, out, resume)
     run = load_config(config, [*overrides, *([f"backend={backend}"] if backend else [])])
     with reporting(quiet) as reporter:
@@ -73,7 +79,7 @@ def train(
 
             get_backend(run.backend)  # a missing one is said before the data is read and scored
             reporter.info(f"Run folder: {out}")
-            result = run_training(run, out, resume=resume, allow_code=allow_code, reporter=reporter)
+            result = run_training(run, out, resume=resume, reschedule=reschedule, allow_code=allow_code, reporter=reporter)
     if rank():
         return
     if as_json:

@@ -18,7 +18,7 @@ import upo_mlx  # noqa: E402
 from upo.config import load_config  # noqa: E402
 from upo.data.batch import Batch, Example, collate, micro_batches  # noqa: E402
 from upo.errors import ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
-from upo.losses import Objective  # noqa: E402
+from upo.losses import Objective, Term  # noqa: E402
 from upo.losses.base import Loss, Scores  # noqa: E402
 
 VOCAB = 384
@@ -54,7 +54,7 @@ def examples(n: int = 8, seed: int = 0) -> list[Example]:
 def with_reference(learner, rows: list[Example]) -> Batch:
     batch = collate(rows)
     partners = batch.partners
-    return replace(batch, ref_logp=learner.logps(batch.forest, reference=True), partner_ref_logp=learner.logps(partners, reference=True))
+    return replace(batch, ref_logp=learner.logps(batch.forest, reference=0), partner_ref_logp=learner.logps(partners, reference=0))
 
 
 def shake(learner, seed: int = 5) -> None:
@@ -123,7 +123,7 @@ class Sorted(Loss):
 def test_micro_batches_do_not_change_the_gradient(tiny_llama, name):
     learner = make_learner(tiny_llama, UPO if name in ("upo", "coupled") else name)
     if name == "coupled":
-        learner.objective = Objective(((Sorted(), 1.0),), learner.objective.auxiliary)
+        learner.objective = Objective((Term(Sorted()),), learner.objective.auxiliary)
     shake(learner)
     rows = with_reference(learner, examples())
     batch = rows if name in ("kto", "upo") else replace(rows, partners=None, partner_ref_logp=None)
@@ -315,23 +315,23 @@ def test_references(tiny_llama, tmp_path):
     shake(trained)
     write_adapter(tmp_path / "a", trained.state()["adapter"], trained.adapter_config())
     forest = collate(examples(3)).forest
-    policy, base = trained.logps(forest), trained.logps(forest, reference=True)
+    policy, base = trained.logps(forest), trained.logps(forest, reference=0)
     assert np.abs(policy - base).min() > 1e-2
 
     start = make_learner(tiny_llama, "dpo", adapter={"start": str(tmp_path / "a"), "rank": 4, "alpha": 8}, reference="start")
     np.testing.assert_array_equal(start.logps(forest), policy)
-    np.testing.assert_array_equal(start.logps(forest, reference=True), policy)
+    np.testing.assert_array_equal(start.logps(forest, reference=0), policy)
     assert start.info.targets == ("q_proj", "v_proj") and start.adapter_config()["target_modules"] == ["q_proj", "v_proj"]
     batch = replace(with_reference(start, examples(3)), partners=None)
     start.step(batch, 1e-2)
-    np.testing.assert_array_equal(start.logps(forest, reference=True), policy)
+    np.testing.assert_array_equal(start.logps(forest, reference=0), policy)
     assert np.abs(start.logps(forest) - policy).min() > 1e-4
 
     other = make_learner(tiny_llama, "dpo", adapter={"targets": ["down_proj"]}, reference=str(tmp_path / "a"))
-    np.testing.assert_array_equal(other.logps(forest, reference=True), policy)
+    np.testing.assert_array_equal(other.logps(forest, reference=0), policy)
     np.testing.assert_array_equal(other.logps(forest), base)  # B = 0, and the reference's layers are plain again
     assert other.info.targets == ("down_proj",)
-    with pytest.raises(RuntimeError), other.model.using(other.reference):
+    with pytest.raises(RuntimeError), other.model.using(other.references[0]):
         raise RuntimeError
     assert all(layer.lora_a is None for layer in other.model.loras.values())
     np.testing.assert_array_equal(other.logps(forest), base)

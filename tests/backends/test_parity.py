@@ -60,8 +60,8 @@ def run(model: Path, backend: str, objective: dict, optimizer: dict, lr: float |
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     rows = make_examples(12, vocab)
     whole = collate(rows)
-    reference = learner.logps(whole.forest, reference=True)
-    partner = learner.logps(whole.partners, reference=True)
+    reference = learner.logps(whole.forest, reference=0)
+    partner = learner.logps(whole.partners, reference=0)
     rows = [
         replace(r, ref_logp=tuple(reference[2 * i : 2 * i + 2].tolist()), partner_ref_logp=tuple(partner[2 * i : 2 * i + 2].tolist()))
         for i, r in enumerate(rows)

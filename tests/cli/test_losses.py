@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from upo_cli.main import main
 
 from upo.config import load_config
-from upo.losses import LOSSES, Auxiliary, loss_options
+from upo.losses import LOSSES, Auxiliary, Term, loss_options
 
 
 def upo(*arguments: str):
@@ -22,9 +22,10 @@ def test_the_list():
     assert result.exit_code == 0 and result.stderr == ""
     shown = " ".join(result.stdout.split())
     for name, loss in {**LOSSES, "auxiliary": Auxiliary}.items():
-        assert f"{name} {' '.join(loss.__doc__.splitlines()[0].split())}" in shown
+        assert f"{name} {' '.join(loss.__doc__.partition(chr(10) * 2)[0].split())}" in shown
         assert " ".join(loss.source.split()) in shown
-    assert "Data: pairs (chosen, rejected). One value per pair." in shown
+    assert "Data: pairs (chosen, rejected). Needs: a reference. Rafailov" in shown
+    assert "Data: pairs (chosen, rejected). Needs: several references. Le et al." in shown
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 
@@ -39,7 +40,7 @@ def test_one_loss(name):
     assert loss.source in result.stdout
     example = yaml.safe_load(result.stdout.partition("In a configuration:\n")[2])
     objective = load_config({"model": "m", "data": {"train": "a"}, **example}).objective.build()
-    assert objective.auxiliary == Auxiliary() if name == "auxiliary" else objective.preference == ((LOSSES[name](), 1.0),)
+    assert objective.auxiliary == Auxiliary() if name == "auxiliary" else objective.preference == (Term(LOSSES[name]()),)
     for option, default in loss_options(loss).items():
         assert f"{option}: {default}" in result.stdout.partition("In a configuration:")[2]
 

@@ -38,7 +38,7 @@ class Fake:
     def __init__(self) -> None:
         self.calls: list[tuple[str, RunConfig, Path | None, bool, bool]] = []
 
-    def train(self, config, out, *, resume=False, allow_code=False, reporter=None):
+    def train(self, config, out, *, resume=False, reschedule=False, allow_code=False, reporter=None):
         self.calls.append(("train", config, out, resume, allow_code))
         reporter.warn("3 rows dropped: too long.")
         reporter.start("train", 5, "steps")

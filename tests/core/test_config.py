@@ -10,7 +10,7 @@ import yaml
 from upo.config import RunConfig, config_schema, load_config
 from upo.config_file import walk
 from upo.errors import ConfigError
-from upo.losses import DPO, KTO, LOSSES, SFT
+from upo.losses import DPO, KTO, LOSSES, SFT, Term
 from upo.rewards import SCORERS
 
 MINIMAL = {"model": "m", "data": {"train": "rows.jsonl"}}
@@ -34,7 +34,7 @@ def test_defaults():
     config = load_config(MINIMAL)
     assert (config.backend, config.reference, config.adapter.rank, config.adapter.alpha) == ("auto", "base", 16, 32.0)
     assert (config.optimizer.name, config.optimizer.lr, config.train.batch_size, config.train.max_length) == ("adamw", 5e-4, 8, 1024)
-    assert config.objective.build().preference == ((DPO(beta=0.1), 1.0),)
+    assert config.objective.build().preference == (Term(DPO(beta=0.1)),)
     assert config.objective.build().auxiliary is None
 
 
@@ -56,7 +56,7 @@ def test_a_full_file(tmp_path):
     config = load_config(path)
     assert config.data.eval == 0.05 and config.optimizer.lr == 1e-5 and config.train.steps == 100
     objective = config.objective.build()
-    assert objective.preference == ((KTO(beta=0.2, desirable_weight=1.5), 1.0),)
+    assert objective.preference == (Term(KTO(beta=0.2, desirable_weight=1.5)),)
     assert (objective.auxiliary.gamma, objective.auxiliary.temperature, objective.auxiliary.actor_warmup_steps) == (2.0, 5.0, 0)
     reward = config.objective.auxiliary.rewards[0]
     assert (reward.scorer, reward.weight, reward.model_extra) == ("length", 0.3, {"high": 80})
@@ -65,7 +65,7 @@ def test_a_full_file(tmp_path):
 def test_presets():
     upo = load_config({**MINIMAL, "objective": {"preset": "upo", "auxiliary": GOAL}}).objective.build()
     paper = load_config({**MINIMAL, "objective": {"preset": "paper", "auxiliary": GOAL}}).objective.build()
-    assert upo.preference == paper.preference == ((KTO(beta=0.1), 1.0),)
+    assert upo.preference == paper.preference == (Term(KTO(beta=0.1)),)
     assert (upo.auxiliary.gamma, upo.auxiliary.actor_warmup_steps) == (3.0, 0)
     assert (paper.auxiliary.gamma, paper.auxiliary.actor_warmup_steps) == (0.5, 100)
     for objective in (upo, paper):
@@ -75,17 +75,17 @@ def test_presets():
 def test_a_preset_gives_way_to_what_is_given():
     data = {"preset": "paper", "preference": {"loss": "dpo"}, "auxiliary": {**GOAL, "gamma": 1}}
     objective = load_config({**MINIMAL, "objective": data}).objective.build()
-    assert objective.preference == ((DPO(beta=0.1), 1.0),)
+    assert objective.preference == (Term(DPO(beta=0.1)),)
     assert (objective.auxiliary.gamma, objective.auxiliary.actor_warmup_steps) == (1.0, 100)
 
 
 def test_shorthands():
     text = load_config({**MINIMAL, "objective": {"preference": ["dpo", {"loss": "sft", "weight": 0.2}], "auxiliary": {"rewards": "length"}}}).objective
-    assert text.build().preference == ((DPO(), 1.0), (SFT(), 0.2))
+    assert text.build().preference == (Term(DPO()), Term(SFT(), 0.2))
     assert [r.scorer for r in text.auxiliary.rewards] == ["length"]
     # options without a name change those of the preset's loss
     beta = load_config({**MINIMAL, "objective": {"preset": "upo", "preference": {"beta": 0.3}, "auxiliary": GOAL}}).objective
-    assert beta.build().preference == ((KTO(beta=0.3), 1.0),)
+    assert beta.build().preference == (Term(KTO(beta=0.3)),)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
@@ -97,7 +97,7 @@ def test_dump_loads_to_the_same(path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lr": 1}, 'lr: unknown key. Did you mean objective.auxiliary.value.lr or optimizer.lr?'),
+        ({"lr": 1}, 'lr: unknown key. Did you mean objective.auxiliary.value.lr or objective.value.lr or optimizer.lr?'),
         ({"optimiser": {}}, 'optimiser: unknown key. Did you mean "optimizer"?'),
         ({"optimizer": {"lrr": 1}}, 'optimizer.lrr: unknown key. Did you mean "lr"?'),
         ({"objective": {"auxiliary": {**GOAL, "value": {"fit_step": 3}}}}, 'objective.auxiliary.value.fit_step: unknown key. Did you mean "fit_steps"?'),
@@ -186,14 +186,14 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_anchors_are_not_duplicates(tmp_path):
     path = write(tmp_path, "model: m\ndata: &d {train: a}\nobjective:\n  preference:\n    - &one {loss: dpo, beta: 0.3}\n    - {<<: *one, weight: 2}\n")
-    assert load_config(path).objective.build().preference == ((DPO(beta=0.3), 1.0), (DPO(beta=0.3), 2.0))
+    assert load_config(path).objective.build().preference == (Term(DPO(beta=0.3)), Term(DPO(beta=0.3), 2.0))
 
 
 def test_overrides():
     data = {**MINIMAL, "objective": {"preference": {"loss": "kto", "beta": 0.1}}}
     config = load_config(data, ["optimizer.lr=1e-5", "objective.preference.beta=0.2", "data.eval=other.jsonl", "adapter.targets=[q_proj, v_proj]"])
     assert config.optimizer.lr == 1e-5 and config.data.eval == "other.jsonl" and config.adapter.targets == ("q_proj", "v_proj")
-    assert config.objective.build().preference == ((KTO(beta=0.2), 1.0),)
+    assert config.objective.build().preference == (Term(KTO(beta=0.2)),)
     assert data["objective"]["preference"]["beta"] == 0.1, "the caller's mapping stays as it was"
     assert "optimizer" not in data
 
@@ -201,12 +201,12 @@ def test_overrides():
 @pytest.mark.parametrize(
     ("preference", "override", "expected"),
     [
-        ([{"loss": "dpo"}, {"loss": "sft"}], "objective.preference.0.beta=0.4", ((DPO(beta=0.4), 1.0), (SFT(), 1.0))),
-        ([{"loss": "dpo"}, {"loss": "sft"}], "objective.preference.1=kto", ((DPO(), 1.0), (KTO(), 1.0))),
-        ([{"loss": "dpo"}], "objective.preference.beta=0.4", ((DPO(beta=0.4), 1.0),)),
-        ("dpo", "objective.preference.beta=0.4", ((DPO(beta=0.4), 1.0),)),
-        ("dpo", "objective.preference=kto", ((KTO(), 1.0),)),
-        (None, "objective.preference={loss: sft, weight: 2}", ((SFT(), 2.0),)),
+        ([{"loss": "dpo"}, {"loss": "sft"}], "objective.preference.0.beta=0.4", (Term(DPO(beta=0.4)), Term(SFT()))),
+        ([{"loss": "dpo"}, {"loss": "sft"}], "objective.preference.1=kto", (Term(DPO()), Term(KTO()))),
+        ([{"loss": "dpo"}], "objective.preference.beta=0.4", (Term(DPO(beta=0.4)),)),
+        ("dpo", "objective.preference.beta=0.4", (Term(DPO(beta=0.4)),)),
+        ("dpo", "objective.preference=kto", (Term(KTO()),)),
+        (None, "objective.preference={loss: sft, weight: 2}", (Term(SFT(), 2.0),)),
     ],
 )
 def test_overrides_of_losses(preference, override, expected):
@@ -259,7 +259,7 @@ def test_examples_are_what_they_say():
     assert {"dpo", "kto", "sft", "upo", "upo_paper"} <= set(found)
     for name in ("dpo", "kto", "sft"):
         objective = found[name].objective.build()
-        assert [loss.name for loss, _ in objective.preference] == [name] and objective.auxiliary is None
+        assert [term.loss.name for term in objective.preference] == [name] and objective.auxiliary is None
     paper, train = found["upo_paper"], found["upo_paper"].train
     assert paper.objective.preset == "paper" and paper.objective.build().auxiliary.actor_warmup_steps == 100
     assert (paper.optimizer.name, paper.optimizer.lr, paper.optimizer.warmup_steps, paper.optimizer.schedule) == ("rmsprop", 5e-7, 150, "constant")

@@ -34,7 +34,7 @@ def test_collate():
     assert batch.forest.lengths.tolist() == [2, 4, 1, 3, 3, 1, 2, 2]
     assert batch.label.tolist() == [1, -1, -1, 0, 1, 0, 1, -1]
     assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 6], [1, 7])
-    assert batch.count == {"pair": 2, "completion": 8, "chosen": 3, "group": 4, "token": 18}
+    assert batch.count == {"pair": 2, "completion": 8, "chosen": 3, "group": 4, "token": 18, "chosen_token": 7}
     assert (batch.step, batch.partners, batch.partner_ref_logp) == (9, None, None)
     assert batch.reward.tolist() == np.float32([0.5, 0.25, 1, 0, 0.1, 0.2, 0.3, 0.4]).tolist()
     assert batch.ref_logp.tolist() == [-1, -2, -3, -4, -5, -6, -7, -8]
@@ -56,8 +56,10 @@ def test_numbers_for_some_rows_only_are_an_error():
 
 def test_select_keeps_pairs_numbers_and_the_counts_of_the_step():
     batch = collate(mixed())
-    part, kept = batch.select([3, 1, 0])
-    assert kept.tolist() == [0, 1, 2, 6, 7]
+    part, places = batch.select([3, 1, 0])
+    kept = places.completions
+    assert kept.tolist() == [0, 1, 2, 6, 7] and places.rows.tolist() == [3, 1, 0]
+    assert places.tokens.tolist() == [*range(7), *range(14, 18)]  # completions of 2, 4, 1 tokens; then 2 and 2, after 3 + 3 + 1 others
     assert part.origins == ("f:3", "f:1", "f:0")
     assert part.forest.owner.tolist() == [2, 2, 1, 0, 0]
     assert [int(p[0]) for p in part.forest.prompts] == [3, 1, 0]

@@ -20,7 +20,7 @@ ROWS = [replace(e, reward=(0.1 * i, 0.1 * i + 1)) for i, e in enumerate(pairs(9)
 class Watched(FakeLearner):
     """Keeps what it is asked to fit; states tell prompts apart by their length and tokens."""
 
-    def prompt_states(self, forest):
+    def prompt_states(self, forest, *, reference=None):
         assert len(forest.completions) == 0
         self.computed = getattr(self, "computed", 0) + len(forest.prompts)
         return np.array([[len(p), p.sum(), p[-1]] for p in forest.prompts], np.float32)
@@ -46,6 +46,6 @@ def test_states_are_in_their_places(limit, ranks):
 
 def test_states_that_are_not_finite():
     learner = Watched(CONFIG)
-    learner.prompt_states = lambda forest: np.full((len(forest.prompts), 3), np.inf, np.float32)  # type: ignore[method-assign]
+    learner.prompt_states = lambda forest, reference=None: np.full((len(forest.prompts), 3), np.inf, np.float32)  # type: ignore[method-assign]
     with pytest.raises(ModelError, match=r"hidden states are not finite \(float32\)"):
         fit_value(learner, ROWS, 100, Silent())

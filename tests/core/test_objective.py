@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from interpreters import NAMES, Interpreter, close, interpreter
-from loss_cases import AUXILIARY, CASES, build, exact, scores
+from loss_cases import CASES, exact, scores
+from loss_objectives import AUXILIARY, build
 
-from upo.losses import KTO, Auxiliary, Objective
+from upo.losses import KTO, Auxiliary, Objective, Term
 from upo.losses.auxiliary import expectile_loss
 
 DIFFERENTIATING = [name for name in NAMES if name != "numpy"]
@@ -27,7 +28,7 @@ def gradients(i: Interpreter, objective: Objective, case: dict[str, Any], term: 
 @pytest.mark.parametrize("framework", NAMES)
 def test_switched_off_it_is_kto(framework: str) -> None:
     """gamma 0 and no value loss: bit for bit, and even where the weights overflow. Likewise without an auxiliary term."""
-    i, kto = interpreter(framework), Objective(((KTO(beta=0.1), 1.0),))
+    i, kto = interpreter(framework), Objective((Term(KTO(beta=0.1)),))
     off = replace(kto, auxiliary=Auxiliary(gamma=0.0, value_coef=0.0))
     for case in (RANDOM, {**RANDOM, "reward": [1e3] * N}):
         assert i.numpy(off(i.ops, scores(i, case))["loss"]) == i.numpy(kto(i.ops, scores(i, case))["loss"])

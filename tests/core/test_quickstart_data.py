@@ -139,6 +139,6 @@ class Letters:
 def test_sampling_keeps_distinct_answers_with_an_honest_end() -> None:
     limit = len(Canned.texts[0])  # an answer this long was cut, a shorter one ended by itself
     learner, questions = Canned(), [chr(ord("a") + i) for i in range(make_data.CHUNK + 1)]
-    found = make_data.sample(learner, Letters(), questions, Sampling(max_tokens=limit - 1, seed=5), Silent())  # type: ignore[arg-type]
+    found = make_data.sample(learner, Letters(), questions, 8, Sampling(max_tokens=limit - 1, seed=5), Silent())  # type: ignore[arg-type]
     assert found == [["One is a good number of words.", "This answer has ended by itself"]] * len(questions)
     assert learner.seeds == [5, 5 + make_data.CHUNK]

@@ -35,8 +35,8 @@ def test_values_are_those_of_the_reference(rows):
     learner.adapter[B] = np.ones_like(learner.adapter[B])  # the policy has moved; its reference has not
     found = with_reference(CONFIG, learner, "fake", rows, "train", Silent())
     batch = collate(found.examples)
-    np.testing.assert_array_equal(batch.ref_logp, learner.logps(collate(rows).forest, reference=True))
-    np.testing.assert_array_equal(batch.partner_ref_logp, learner.logps(collate(rows).partners, reference=True))
+    np.testing.assert_array_equal(batch.ref_logp, learner.logps(collate(rows).forest, reference=0))
+    np.testing.assert_array_equal(batch.partner_ref_logp, learner.logps(collate(rows).partners, reference=0))
     assert np.abs(batch.ref_logp - learner.logps(batch.forest)).max() > 0.1
     assert [replace(e, ref_logp=None, partner_ref_logp=None).origin for e in found.examples] == [e.origin for e in rows]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 
 import numpy as np
@@ -10,24 +12,29 @@ import pytest
 from fake_learner import FakeLearner, configure
 
 from upo.errors import RunError
+from upo.train import files, inputs
+from upo.train.checkpoint import read_checkpoint, seal
+from upo.train.files import file_hash
+from upo.train.inputs import Inputs
 from upo.train.reporter import Recorder, Silent
-from upo.train.run import Run, file_hash, read_checkpoint
+from upo.train.run import Run
 
+MANIFEST = {"identity": {}, "steps": 9, "reference": {"keys": {}}, "sessions": []}
 SECONDS = {"reference": 1.0, "train": 2.0, "total": 4.0}
 
 
 @pytest.fixture
 def run(tmp_path):
     run = Run(tmp_path / "a" / "run")
-    run.create("model: fake\n", {"sessions": []})
+    run.create("model: fake\n", MANIFEST, Inputs())
     return run
 
 
-def save(run: Run, step: int, keep: int | None = 2, value: float = 0.0):
+def save(run: Run, step: int, value: float = 0.0):
     learner = FakeLearner(configure())
     state = learner.state()
     state["optimizer"] = {name: np.full_like(array, value + step) for name, array in state["optimizer"].items()}
-    return run.save(step, state, learner.adapter_config(), SECONDS, keep), state
+    return run.save(step, state, learner.adapter_config(), SECONDS), state
 
 
 def test_a_checkpoint_comes_back(run):
@@ -45,13 +52,22 @@ def test_a_checkpoint_comes_back(run):
             assert back[part][name].dtype == np.float32
 
 
-def test_only_the_newest_are_kept(run):
+def kept(run: Run) -> list[str]:
+    return sorted(path.name for path in (run.path / "checkpoints").iterdir())
+
+
+def test_only_the_newest_are_kept_and_those_named(run):
     for step in (1, 5, 20, 100):
         save(run, step)
-    assert [f.name for f in sorted((run.path / "checkpoints").iterdir())] == ["step-000020", "step-000100"]
-    save(run, 110, keep=None)
-    assert run.last_step() == 110 and len(list((run.path / "checkpoints").iterdir())) == 3
-    assert run.newest(Silent()).step == 110
+    run.prune(100, 2, besides=[5])
+    assert kept(run) == ["step-000005", "step-000020", "step-000100"]
+    run.prune(100, 1)
+    assert kept(run) == ["step-000100"]
+    save(run, 50)
+    run.prune(50, 1)  # the run has gone back to before step 100, whose checkpoint was passed over
+    assert kept(run) == ["step-000050", "step-000100"]
+    assert run.last_step() == 100 and run.last_step(99) == 50 and run.last_step(49) is None
+    assert run.newest(Silent()).step == 100
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "adapter_config.json", "state.json"])
@@ -71,6 +87,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run, name, damage):
         path.write_text("{")
     assert run.newest(recorder).step == 5
     assert len(recorder.warnings) == 1 and "step-000010" in recorder.warnings[0] and name in recorder.warnings[0]
+    assert "Passed over" in recorder.warnings[0]
     save(run, 10)  # when the run comes by again it is written anew
     assert run.newest(Silent()).step == 10
 
@@ -89,7 +106,7 @@ def test_an_interrupted_write_leaves_nothing_to_load(run, monkeypatch):
         if path.name == ".tmp-step-000010":  # all files are there, the rename is still to come
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("upo.train.run.sync", killed)
+    monkeypatch.setattr("upo.train.checkpoint.sync", killed)
     with pytest.raises(KeyboardInterrupt):
         save(run, 10)
     monkeypatch.undo()
@@ -103,7 +120,7 @@ def test_a_checkpoint_cannot_point_out_of_its_folder(run):
     folder, _ = save(run, 5)
     content = json.loads((folder / "state.json").read_text())
     content["files"]["../../config.yaml"] = file_hash(run.path / "config.yaml")
-    (folder / "state.json").write_text(json.dumps(content))
+    (folder / "state.json").write_text(json.dumps(seal(content)))
     with pytest.raises(RunError, match=re.escape("../../config.yaml is missing")):
         read_checkpoint(folder)
 
@@ -123,23 +140,144 @@ def test_refusals(tmp_path, run):
     with pytest.raises(RunError, match=r"holds a run already \(config\.yaml, manifest\.json.*upo train --resume --out"):
         run.check_new()
     with pytest.raises(RunError, match="holds a run already"):
-        run.create("", {})
+        run.create("", {}, Inputs())
     assert (run.path / "config.yaml").read_text() == "model: fake\n"
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RunError, match="this is a file"):
-        Run(tmp_path / "file").check_new()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunError, match="is a file"):
+            Run(folder).check_new()
     with pytest.raises(RunError, match=r"holds no run \(config\.yaml and manifest\.json missing\)"):
         Run(tmp_path / "none").check_resumable()
     run.check_resumable()
-    run.write_json("summary.json", {})
-    with pytest.raises(RunError, match="is finished"):
-        run.check_resumable()
+    run.check_unfinished(9)
+    run.write_json("summary.json", {"steps": 8})
+    run.check_unfinished(9)  # the result of a run that was made longer since
+    with pytest.raises(RunError, match=r"is finished.*--set train\.epochs"):
+        run.check_unfinished(8)
     (run.path / "manifest.json").write_text("[")
     with pytest.raises(RunError, match=r"manifest\.json: cannot be read"):
         run.manifest()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {},
+        {**MANIFEST, "sessions": [{"from_step": -1}]},
+        {**MANIFEST, "sessions": [3]},
+        {**MANIFEST, "steps": "9"},
+        {**MANIFEST, "steps": True},
+        {**MANIFEST, "identity": None},
+        {**MANIFEST, "reference": {"keys": {"train": "../../../etc/passwd"}}},
+        {**MANIFEST, "reference": []},
+        {**MANIFEST, "latest": "../../elsewhere"},
+        {**MANIFEST, "value_fit": {"loss": float("nan")}},
+        {**MANIFEST, "upo": "\ud800"},
+    ],
+)
+def test_a_manifest_of_something_else(run, content):
+    (run.path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"manifest\.json: .*The run cannot be resumed"):
+        run.manifest()
+
+
 def test_a_folder_with_other_files_can_hold_a_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    Run(tmp_path).create("model: fake\n", {})
+    Run(tmp_path).create("model: fake\n", MANIFEST, Inputs())
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("written", range(5))
+def test_a_process_that_ended_while_it_made_the_folder(tmp_path, monkeypatch, written):
+    """Whatever was there by then, the same command works again; from the configuration on it is a run."""
+    run, left = Run(tmp_path / "run"), iter(range(written))
+
+    class Killed(BaseException):
+        pass
+
+    def dying(original):
+        def write(*arguments, **options):
+            if next(left, None) is None:
+                raise Killed
+            return original(*arguments, **options)
+
+        return write
+
+    for name in ("touch", "mkdir"):
+        monkeypatch.setattr(f"pathlib.Path.{name}", dying(getattr(type(tmp_path), name)))
+    monkeypatch.setattr("upo.train.run.write_text", dying(files.write_text))
+    monkeypatch.setattr("upo.train.inputs.write_inputs", dying(inputs.write_inputs))
+    with pytest.raises(Killed):
+        run.create("model: fake\n", MANIFEST, Inputs())
+    monkeypatch.undo()
+    run.check_new()
+    run.create("model: fake\n", MANIFEST, Inputs())
+    with pytest.raises(RunError, match="holds a run already"):
+        run.check_new()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "inputs.safetensors", "metrics.jsonl", "summary.json", "adapter", "config.yaml"])
+def test_files_of_others_are_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(RunError, match=f"holds a run already .{name}"):
+        Run(tmp_path).check_new()
+
+
+# --- Disks that refuse ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code, words", [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system"), (errno.EFBIG, "File too large")])
+@pytest.mark.parametrize("failing", range(1, 5))
+def test_a_disk_that_is_full(run, monkeypatch, code, words, failing):
+    """At whichever file of a checkpoint it happens: one line, nothing half-written, the earlier one as it was."""
+    folder, _ = save(run, 5)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    calls = iter(range(1, 100))
+    original = os.fsync
+
+    def full(handle):
+        if next(calls) > failing:  # the first is that of metrics.jsonl
+            raise OSError(code, os.strerror(code))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError) as caught:
+        save(run, 10)
+    monkeypatch.undo()
+    message = str(caught.value)
+    assert message.startswith(f"{run.path}/checkpoints/step-000010: cannot be written ({words}). The one of step 5 is untouched.")
+    assert message.endswith(f"upo train --resume --out {run.path}") and "\n" not in message
+    assert kept(run) == ["step-000005"] and {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert run.newest(Silent()).step == 5
+    save(run, 10)
+    assert run.newest(Silent()).step == 10
+
+
+def test_other_files_on_a_full_disk(run, monkeypatch):
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    learner = FakeLearner(configure())
+    for name, write in {
+        "manifest.json": lambda: run.write_json("manifest.json", {}),
+        "config.yaml": lambda: run.write("config.yaml", "x"),
+        "inputs.safetensors": lambda: run.write_inputs(Inputs({"train": np.ones(3, np.uint64)})),
+        "adapter": lambda: run.write_result(learner.state()["adapter"], learner.adapter_config()),
+        "metrics.jsonl": lambda: run.truncate(0),
+    }.items():
+        with pytest.raises(RunError, match=rf"{name}: cannot be written \(No space left on device\)"):
+            write()
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, run, monkeypatch):
+    """Said before anything is loaded. The test may run as root, whom modes do not stop."""
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path) and str(path) != str(run.path))
+    with pytest.raises(RunError, match=rf"--out {tmp_path}/new/run: {tmp_path} cannot be written to \(no permission, or a read-only file system\)"):
+        Run(tmp_path / "new" / "run").check_new()
+    with pytest.raises(RunError, match=r"--resume: --out .* cannot be written to"):
+        run.check_resumable()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpmath import exp, mpf
+from oracle.tape import mean, plain
 
 Number = Any
 
@@ -25,9 +26,9 @@ def actor(lp: Number, length: Number, weight: Number) -> Number:
 def expectile(reward: Number, value: Number, tau: Number) -> Number:
     """Eq. 12 with L_2^tau(u) = |tau - 1(u < 0)| u^2 of Kostrikov et al. 2021."""
     u = reward - value
-    return abs(tau - (1 if u < 0 else 0)) * u**2
+    return abs(tau - (1 if plain(u) < 0 else 0)) * u**2
 
 
 def upo(preference: Number, actors: list[Number], values: list[Number], gamma: Number, coefficient: Number) -> Number:
     """The listing's total: preference loss + gamma * mean actor + c_v * mean value loss over all scored completions."""
-    return preference + gamma * sum(actors, mpf(0)) / len(actors) + coefficient * sum(values, mpf(0)) / len(values)
+    return preference + mpf(gamma) * mean(actors) + mpf(coefficient) * mean(values)

@@ -1,82 +1,89 @@
-"""The objective of a whole optimizer step and its gradient, in mpmath with 50 digits. Imports nothing of the library.
+"""The objective of a whole optimizer step and its gradients, in mpmath with 50 digits. Imports nothing of the library.
 
-A case is a dict of plain lists: logp, ref_logp, length, label (+1, -1), reward, value for N completions; chosen, rejected: indices of
-the P pairs; partner_logratio: log-ratios of KTO's mismatched completions; step. Terms are dicts {loss, weight, options...}.
+Cases are those of `inputs.py`. Terms are dicts {loss, weight, weight_column, options...}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mpmath as mp
+from oracle import adaptive, batchwise, offline, pairwise, reference_free, reshaped, unpaired
 from oracle import auxiliary as aux
-from oracle import preference
+from oracle.inputs import LEAVES, Step
+from oracle.tape import DIGITS, gradient, mean, plain
 
 Case = Mapping[str, Any]
-DIGITS = 50
+PAIR: dict[str, Callable[..., list[Any]]] = {
+    **{f.__name__: f for f in (pairwise.dpo, pairwise.robust, pairwise.ipo, pairwise.hinge, pairwise.rosepo, pairwise.odpo, pairwise.rpo)},
+    **{f.__name__: f for f in (pairwise.discopop, pairwise.exo, pairwise.nca, pairwise.bco_pair, pairwise.apo_zero, pairwise.apo_down)},
+    **{f.__name__: f for f in (pairwise.sppo, reshaped.f_dpo, reshaped.dpo_norm, reshaped.ld_dpo, reshaped.dpop, reshaped.minor_dpo)},
+    **{f.__name__: f for f in (reshaped.cal_dpo, reshaped.bapo, reshaped.nemo_rpo, reshaped.modpo, adaptive.ada_dpo, adaptive.wpo)},
+    **{f.__name__: f for f in (adaptive.alpha_dpo, adaptive.mrpo, batchwise.aot, batchwise.aot_unpaired, batchwise.relative_po_diagonal)},
+    **{f.__name__: f for f in (reference_free.simpo, reference_free.cpo, reference_free.cpo_simpo, reference_free.orpo)},
+    **{f.__name__: f for f in (reference_free.asft, reference_free.slic)},
+}
+COMPLETION: dict[str, Callable[..., list[Any]]] = {
+    f.__name__: f for f in (unpaired.kto, unpaired.apo_zero_unpaired, unpaired.bco, unpaired.qrpo, offline.a_lol, offline.a_lol_sequence, offline.dro_v)
+}
+CHOSEN = {"sft": unpaired.sft, "relative_po": batchwise.relative_po}
+LOSSES = {**PAIR, **COMPLETION, **CHOSEN, "offline_ppo": offline.offline_ppo, "exo_reward": unpaired.exo_reward}
 
 
-def _dpo(case: Case, logp: Sequence[Any], beta: float = 0.1, label_smoothing: float = 0.0) -> list[Any]:
-    ref = case["ref_logp"]
-    pairs = zip(case["chosen"], case["rejected"], strict=True)
-    return [preference.dpo(logp[w], logp[l], mp.mpf(ref[w]), mp.mpf(ref[l]), mp.mpf(beta), mp.mpf(label_smoothing)) for w, l in pairs]
+def values(step: Step, term: Mapping[str, Any]) -> list[Any]:
+    """One per unit, weighted by the term's column, if it names one: that of the chosen completion for a pair."""
+    name, column = term["loss"], term.get("weight_column")
+    found = LOSSES[name](step, **{k: v for k, v in term.items() if k not in ("loss", "weight", "weight_column")})
+    if column is None:
+        return found
+    rows = [w for w, _ in step.pairs] if name in PAIR else step.all() if name in COMPLETION else step.positive
+    return [step.columns[column][i] * value for i, value in zip(rows, found, strict=True)]
 
 
-def _kto(case: Case, logp: Sequence[Any], beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> list[Any]:
-    z0 = preference.reference_point([mp.mpf(g) for g in case["partner_logratio"]])
-    rows = zip(logp, case["ref_logp"], case["label"], strict=True)
-    weights = mp.mpf(desirable_weight), mp.mpf(undesirable_weight)
-    return [preference.kto(lp, mp.mpf(lr), label > 0, z0, mp.mpf(beta), *weights) for lp, lr, label in rows]
-
-
-def _sft(case: Case, logp: Sequence[Any]) -> list[Any]:
-    return [preference.sft(lp, mp.mpf(n)) for lp, n, label in zip(logp, case["length"], case["label"], strict=True) if label > 0]
-
-
-LOSSES = {"dpo": _dpo, "kto": _kto, "sft": _sft}
-
-
-def mean(values: Sequence[Any]) -> Any:
-    return sum(values, mp.mpf(0)) / len(values)
-
-
-def preference_term(case: Case, terms: Sequence[Mapping[str, Any]], logp: Sequence[Any]) -> Any:
-    total = mp.mpf(0)
+def preference_term(step: Step, terms: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+    """The weighted sum of the terms' means, and that of the means of the values' sizes."""
+    loss = size = mp.mpf(0)
     for term in terms:
-        options = {k: v for k, v in term.items() if k not in ("loss", "weight")}
-        total += mp.mpf(term.get("weight", 1.0)) * mean(LOSSES[term["loss"]](case, logp, **options))
-    return total
+        weight, found = mp.mpf(term.get("weight", 1.0)), values(step, term)
+        loss, size = loss + weight * mean(found), size + weight * mean([abs(plain(value)) for value in found])
+    return loss, size
 
 
-def auxiliary_terms(case: Case, options: Mapping[str, Any], logp: Sequence[Any], value: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Actor and value loss per completion; the weights are taken at the case's own V, whatever `value` is."""
-    reward = [mp.mpf(r) for r in case["reward"]]
-    weights = [aux.weight(r, mp.mpf(v), mp.mpf(options["temperature"])) for r, v in zip(reward, case["value"], strict=True)]
-    if case.get("step", 0) < options.get("actor_warmup_steps", 0):
-        weights = [mp.mpf(0)] * len(weights)
-    actors = [aux.actor(lp, mp.mpf(n), w) for lp, n, w in zip(logp, case["length"], weights, strict=True)]
-    return actors, [aux.expectile(r, v, mp.mpf(options["expectile"])) for r, v in zip(reward, value, strict=True)]
+def auxiliary_terms(step: Step, options: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Actor and value loss per completion; the weights are constants."""
+    rows = list(zip(step.reward, step.value, step.logp, step.length, strict=True))
+    waiting = step.number < options.get("actor_warmup_steps", 0)
+    weights = [mp.mpf(0) if waiting else aux.weight(r, plain(v), mp.mpf(options["temperature"])) for r, v, _, _ in rows]
+    actors = [aux.actor(lp, n, w) for (_, _, lp, n), w in zip(rows, weights, strict=True)]
+    return actors, [aux.expectile(r, v, mp.mpf(options["expectile"])) for r, v, _, _ in rows]
 
 
 def objective(case: Case, terms: Sequence[Mapping[str, Any]], auxiliary: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """loss, its terms preference, auxiliary and value, and the gradients logp [N] and, with an auxiliary term, value [N]; floats."""
+    """loss, its terms preference, auxiliary and value, and the gradient by every leaf that the loss depends on; floats.
+
+    `size` is the mean size of the values that the loss is the mean of: a float32 sum is exact to 2^-24 of it, however small it is.
+    """
     with mp.workdps(DIGITS):
-        logp, value = [mp.mpf(x) for x in case["logp"]], [mp.mpf(x) for x in case.get("value", ())]
-
-        def parts(logp: Sequence[Any], value: Sequence[Any]) -> dict[str, Any]:
-            first = preference_term(case, terms, logp)
-            if auxiliary is None:
-                return {"loss": first, "preference": first}
-            actors, values = auxiliary_terms(case, auxiliary, logp, value)
-            total = aux.upo(first, actors, values, mp.mpf(auxiliary["gamma"]), mp.mpf(auxiliary["value_coef"]))
-            return {"loss": total, "preference": first, "auxiliary": mean(actors), "value": mean(values)}
-
-        def slope(values: list[Any], i: int, total: Any) -> float:
-            return float(mp.chop(mp.diff(lambda x: total([*values[:i], x, *values[i + 1 :]]), values[i]), tol=1e-30))
-
-        found: dict[str, Any] = {name: float(x) for name, x in parts(logp, value).items()}
-        gradient = {"logp": [slope(logp, i, lambda a: parts(a, value)["loss"]) for i in range(len(logp))]}
+        step = Step(case)
+        loss, size = preference_term(step, terms)
+        found = {"preference": loss}
         if auxiliary is not None:
-            gradient["value"] = [slope(value, i, lambda a: parts(logp, a)["loss"]) for i in range(len(value))]
-        return {**found, "gradient": gradient}
+            actors, value = auxiliary_terms(step, auxiliary)
+            found |= {"auxiliary": mean(actors), "value": mean(value)}
+            loss = aux.upo(loss, actors, value, mp.mpf(auxiliary["gamma"]), mp.mpf(auxiliary["value_coef"]))
+        slopes = {name: gradient(loss, leaves) for name, leaves in step.leaves().items()}
+        return {
+            "loss": float(plain(loss)),
+            **{name: float(plain(term)) for name, term in found.items()},
+            "size": float(size),
+            "gradient": {name: slopes[name] for name in LEAVES if any(slopes.get(name, ()))},
+        }
+
+
+def state(case: Case, term: Mapping[str, Any]) -> dict[str, float]:
+    """The running statistics of a term with this step taken in."""
+    with mp.workdps(DIGITS):
+        step = Step(case)
+        after = adaptive.advance_alpha_dpo(step) if term["loss"] == "alpha_dpo" else unpaired.advance_bco(step, term.get("beta", 0.1))
+        return {name: float(x) for name, x in after.items()}

@@ -29,6 +29,10 @@ class Forest:
         """[N] scored tokens of each completion."""
         return np.array([len(c) for c in self.completions], np.int64)
 
+    def join(self, other: Forest) -> Forest:
+        """This forest with the completions of another one on the same prompts after its own."""
+        return Forest(self.prompts, self.completions + other.completions, np.concatenate([self.owner, other.owner]))
+
     def select(self, prompts: Sequence[int]) -> tuple[Forest, np.ndarray]:
         """The sub-forest of the given prompts, in their order, and the indices [n] of its completions in this forest."""
         where = {p: i for i, p in enumerate(prompts)}

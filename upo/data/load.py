@@ -118,6 +118,7 @@ def dataset_hash(train: Sequence[Example], held_out: Sequence[Example]) -> str:
     for part in (train, held_out):
         digest.update(f"part {len(part)}\n".encode())
         for e in part:
-            record = [e.kind, e.prompt.tolist(), [c.tolist() for c in e.completions], e.labels, e.columns]
+            extras = [None if e.anchor is None else e.anchor.tolist(), e.ref_rewards]
+            record = [e.kind, e.prompt.tolist(), [c.tolist() for c in e.completions], e.labels, e.columns, *(extras if any(extras) else ())]
             digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()

@@ -14,10 +14,10 @@ from upo.data.text import Message, Text, is_blank, is_transcript, parse_text, pa
 from upo.errors import DataError
 
 LAYOUTS: dict[str, frozenset[str]] = {  # and the fields each one reads
-    "preference": frozenset({"prompt", "chosen", "rejected", "tools"}),
-    "transcript": frozenset({"prompt", "chosen", "rejected"}),
-    "unpaired": frozenset({"prompt", "completion", "label", "tools"}),
-    "group": frozenset({"prompt", "completions", "labels", "tools"}),
+    "preference": frozenset({"prompt", "chosen", "rejected", "anchor", "ref_rewards", "tools"}),
+    "transcript": frozenset({"prompt", "chosen", "rejected", "anchor", "ref_rewards"}),
+    "unpaired": frozenset({"prompt", "completion", "label", "ref_rewards", "tools"}),
+    "group": frozenset({"prompt", "completions", "labels", "ref_rewards", "tools"}),
 }
 
 
@@ -32,6 +32,8 @@ class Row:
     labels: tuple[int, ...]  # +1, -1 or 0 for none
     columns: dict[str, tuple[float, ...]] = field(default_factory=dict)  # one number per completion
     tools: list[dict[str, Any]] | None = None
+    anchor: Text | None = None  # what the base model answers, in the form of the completions
+    ref_rewards: tuple[float, ...] | None = None  # of answers that the reference gave to this prompt
 
 
 @dataclass
@@ -198,7 +200,8 @@ def _row(
         notes.add("repeated", origin)
     if kind == "pair" and texts["chosen"] == texts["rejected"]:
         notes.add("identical", origin)
-    return Row(origin, kind, prompt, tuple(texts.values()), labels, tools=_tools(record, origin))
+    anchor = _anchor(record, origin, prompt) if kind == "pair" else None
+    return Row(origin, kind, prompt, tuple(texts.values()), labels, tools=_tools(record, origin), anchor=anchor, ref_rewards=_ref_rewards(record, origin))
 
 
 def _as_turn(text: Text, role: str) -> list[Message]:
@@ -240,6 +243,30 @@ def _label(value: Any, origin: str, name: str) -> int:
     if isinstance(value, (bool, int, float)) and value in (1, 0, -1):
         return 1 if value == 1 else -1
     raise DataError(f'{origin}: "{name}" is {value!r:.40}; a label is true or false, 1 or 0, 1 or -1.')
+
+
+def _anchor(record: Mapping[str, Any], origin: str, prompt: Text) -> Text | None:
+    """The field "anchor", as a string or one assistant message like the completions."""
+    if record.get("anchor") is None:
+        return None
+    anchor = _text(record, "anchor", origin)
+    if isinstance(prompt, list):
+        anchor = _as_turn(anchor, "assistant")
+    elif isinstance(anchor, list):
+        anchor = str(anchor[-1]["content"])
+    _check_completion(anchor, origin, "anchor")
+    return anchor
+
+
+def _ref_rewards(record: Mapping[str, Any], origin: str) -> tuple[float, ...] | None:
+    """The field "ref_rewards", a list of numbers."""
+    given = record.get("ref_rewards")
+    if given is None:
+        return None
+    values = [number(v) for v in given] if isinstance(given, Sequence) and not isinstance(given, str) else []
+    if not values or None in values:
+        raise DataError(f'{origin}: "ref_rewards" must be a list of finite numbers, the rewards of answers that the reference gave to this prompt.')
+    return tuple(v for v in values if v is not None)
 
 
 def _tools(record: Mapping[str, Any], origin: str) -> list[dict[str, Any]] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from upo.losses.base import Loss, Scores, Unit
+from upo.losses.base import Data, Loss, Scores, Unit
 from upo.ops import Array, Ops
 
 
@@ -24,11 +24,11 @@ class SFT(Loss):
 
     name: ClassVar[str] = "sft"
     unit: ClassVar[Unit] = "chosen"
-    data = "chosen"
+    data: ClassVar[Data] = "chosen"
     source: ClassVar[str] = "maximum likelihood; as a regulariser: Pang et al. 2024, arXiv 2404.19733, eq. 1"
 
     def __call__(self, ops: Ops, scores: Scores) -> Array:
-        return ops.where(scores.label > 0, -scores.logp / scores.length, 0.0)
+        return ops.where(scores.label > 0, -scores.mean_logp(), 0.0)
 
     def implicit_reward(self, scores: Scores) -> Array:
-        return scores.logp / scores.length
+        return scores.mean_logp()

@@ -15,8 +15,8 @@ from upo.random import words as random_words
 from upo.train.reporter import Reporter
 
 Answers = list[list[str]]  # [prompts][samples]
-SAMPLING = Sampling(max_tokens=48, temperature=0.7, top_p=0.95, seed=0, batch_size=120)
-SAMPLES = 3
+SAMPLING = Sampling(max_tokens=48, temperature=0.7, top_p=0.95, seed=0, batch_size=80)
+SAMPLES = 8
 
 
 @dataclass(frozen=True)

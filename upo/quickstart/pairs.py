@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from upo.rewards.english import words
 
-CLEAR, ENOUGH = 5, 10  # words: a smaller difference is no preference; a larger one is no clearer
+CLEAR = 5  # words: a smaller difference is no preference
 _END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
 _NO_END = re.compile(r"(?:^|[\s(\"“])(?:\d{1,2}|Mr|Mrs|Ms|Dr|St|vs|etc|e\.g|i\.e)\.$")
 
@@ -35,25 +35,27 @@ def whole_sentences(text: str, ended: bool) -> str | None:
     return text[: ends[-1]] if ends else None
 
 
-def choose_pairs(
-    answers: Sequence[tuple[str, Sequence[str]]], per_prompt: int, neutral_to: Callable[[str], float], wide: int = 6
-) -> list[Pair]:
+def choose_pairs(answers: Sequence[tuple[str, Sequence[str]]], per_prompt: int, goal: Callable[[str], float]) -> list[Pair]:
     """`per_prompt` disjoint pairs for each (prompt, distinct answers) that has them: the shorter answer is the chosen one.
 
-    For each prompt in turn, of the `wide` selections of pairs with the clearest differences the one is taken that best keeps the sum of
-    `neutral_to`, chosen - rejected, near zero. So the label hardly tells anything about that measure.
+    For each prompt in turn the selection of pairs is taken that differs most in the goal, less half of two sums that are to stay near zero over
+    all prompts: goal(chosen) - goal(rejected), so that the label tells nothing about the goal; and the goal of the taken answers less the
+    mean over all of the prompt's, so that the taken ones are as good as the model's answers are. What is left to learn from is the spread.
     """
     pairs: list[Pair] = []
-    balance = 0.0
+    balance = drift = 0.0
     for prompt, texts in answers:
-        size = [len(words(t)) for t in texts]
+        size, worth = [len(words(t)) for t in texts], [goal(t) for t in texts]
+        mean = sum(worth) / max(len(worth), 1)
         clear = [(i, j) if size[i] < size[j] else (j, i) for i, j in itertools.combinations(range(len(texts)), 2) if abs(size[i] - size[j]) >= CLEAR]
-        selections = [s for s in itertools.combinations(clear, per_prompt) if len({i for pair in s for i in pair}) == 2 * per_prompt]
-        if not selections:
-            continue
-        selections.sort(key=lambda s: -sum(min(size[j] - size[i], ENOUGH) for i, j in s))
-        shifts = [sum(neutral_to(texts[i]) - neutral_to(texts[j]) for i, j in s) for s in selections[:wide]]
-        best = min(range(len(shifts)), key=lambda k: abs(balance + shifts[k]))
-        balance += shifts[best]
-        pairs += [Pair(prompt, texts[i], texts[j]) for i, j in selections[best]]
+        found = []
+        for selection in itertools.combinations(clear, per_prompt):
+            taken = [i for pair in selection for i in pair]
+            if len(set(taken)) == len(taken):
+                spread = sum((worth[i] - mean) ** 2 for i in taken)
+                sums = balance + sum(worth[i] - worth[j] for i, j in selection), drift + sum(worth[i] - mean for i in taken)
+                found.append((spread - 0.5 * (abs(sums[0]) + abs(sums[1])), selection, sums))
+        if found:
+            _, best, (balance, drift) = max(found, key=lambda entry: entry[0])
+            pairs += [Pair(prompt, texts[i], texts[j]) for i, j in best]
     return pairs

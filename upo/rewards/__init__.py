@@ -23,7 +23,7 @@ SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (Readabili
 
 __all__ = ["SCORERS", "Answer", "Scorer", "TextScorer", "build_scorer", "score_examples", "unique_label", "validate_rewards"]
 
-_KEY = "objective.auxiliary.rewards"
+KEY = "objective.auxiliary.rewards"
 
 
 def build_scorer(name: str, allow_code: bool = False, **options: Any) -> Scorer:
@@ -51,16 +51,17 @@ def build_scorer(name: str, allow_code: bool = False, **options: Any) -> Scorer:
     return scorer
 
 
-def validate_rewards(rewards: Sequence[RewardConfig], allow_code: bool = False) -> list[tuple[str, Scorer, float]]:
-    """(label, scorer, weight) for each goal; labels are unique. Raises ConfigError with the key, before any model is loaded."""
+def validate_rewards(rewards: Sequence[RewardConfig], allow_code: bool = False, key: str = KEY) -> list[tuple[str, Scorer, float]]:
+    """(label, scorer, weight) for each goal; labels are unique. Raises ConfigError, beginning with their key in the configuration, before
+    any model is loaded."""
     built: list[tuple[str, Scorer, float]] = []
     for i, reward in enumerate(rewards):
         try:
             scorer = build_scorer(reward.scorer, allow_code, **(reward.model_extra or {}))
         except ConfigError as error:
-            raise ConfigError(f"{_KEY}.{i}: {error}") from None
+            raise ConfigError(f"{key}.{i}: {error}") from None
         if not math.isfinite(reward.weight):
-            raise ConfigError(f"{_KEY}.{i}.weight: must be a finite number (got {reward.weight}).")
+            raise ConfigError(f"{key}.{i}.weight: must be a finite number (got {reward.weight}).")
         built.append((unique_label(scorer, [label for label, _, _ in built]), scorer, reward.weight))
     return built
 
@@ -72,14 +73,19 @@ def unique_label(scorer: Scorer, taken: Sequence[str]) -> str:
 
 
 def score_examples(
-    examples: Sequence[Example], rewards: Sequence[RewardConfig], *, allow_code: bool = False, reporter: Reporter | None = None
+    examples: Sequence[Example],
+    rewards: Sequence[RewardConfig],
+    *,
+    allow_code: bool = False,
+    reporter: Reporter | None = None,
+    key: str = KEY,
 ) -> list[Example]:
     """The examples with `reward` = sum of weight * score per completion, and each score in `columns["reward/<label>"]`.
 
     Raises ConfigError for a scorer that cannot be used, DataError naming the row for a score that is missing or not a number.
     """
     reporter = reporter or Silent()
-    goals = validate_rewards(rewards, allow_code)
+    goals = validate_rewards(rewards, allow_code, key)
     answers = [answer for example in examples for answer in _answers(example)]
     total = [0.0] * len(answers)
     scores: dict[str, list[float]] = {}
@@ -101,9 +107,9 @@ def score_examples(
 def _answers(example: Example) -> list[Answer]:
     if len(example.texts) != len(example.completions):
         raise DataError(f"{example.origin}: the row has no text to score; only tokens are given.")
+    columns = {**({} if 0 in example.labels else {"label": example.labels}), **example.columns}
     return [
-        Answer(example.origin, example.prompt_text, text, {name: values[i] for name, values in example.columns.items()})
-        for i, text in enumerate(example.texts)
+        Answer(example.origin, example.prompt_text, text, {name: values[i] for name, values in columns.items()}) for i, text in enumerate(example.texts)
     ]
 
 

@@ -16,7 +16,8 @@ from upo.train.reporter import Reporter
 class Column(Scorer):
     """A numeric column of the data, taken as it is: `{scorer: column, column: toxicity}`.
 
-    Pairs have it as toxicity_chosen and toxicity_rejected, groups as a list, unpaired rows as a number.
+    Pairs have it as toxicity_chosen and toxicity_rejected, groups as a list, unpaired rows as a number. The column `label`, which every
+    labelled row has, is +1 for chosen or desirable completions and -1 for the others.
     """
 
     column: str = ""

@@ -10,6 +10,7 @@ from upo.config import RunConfig
 from upo.data.batch import Example
 from upo.errors import ConfigError, ModelError
 from upo.losses import LOSSES, Loss, Objective
+from upo.losses.base import NEEDS
 from upo.train.metrics import name_rows
 from upo.train.reporter import Reporter
 
@@ -18,16 +19,27 @@ KINDS = {"pair": "pairs", "unpaired": "unpaired rows", "group": "scored groups"}
 
 def check_rows(objective: Objective, examples: Sequence[Example], what: str) -> None:
     """Raise ConfigError if a preference loss needs more than the rows bring. `what` names the rows, e.g. "data.train"."""
-    for loss, _ in objective.preference:
+    for loss in (term.loss for term in objective.preference):
         missing = unserved(type(loss), examples)
         if missing:
             works = [name for name, other in LOSSES.items() if not unserved(other, examples)]
             remedy = f"Losses that work on these rows: {', '.join(works)}." if works else "No preference loss works on them; objective.auxiliary alone does."
             raise ConfigError(f"objective.preference: {loss.name} {missing}; {what} holds {layout(examples)}. {remedy}")
+    for column in objective.columns:
+        if short := [e.origin for e in examples if column not in e.columns]:
+            there = sorted({name for e in examples for name in e.columns})
+            known = f"There are: {', '.join(there)}." if there else "The rows have no numeric column."
+            raise ConfigError(f'objective.preference: needs the numeric column "{column}", which is missing in {name_rows(short)} of {what}. {known}')
+    for need, attribute, field in (("anchors", "anchor", "anchor"), ("quantiles", "ref_rewards", "ref_rewards")):
+        if need in objective.needs and (short := [e.origin for e in examples if getattr(e, attribute) is None]):
+            loss = next(t.loss for t in objective.preference if need in t.loss.requires())
+            raise ConfigError(f'objective.preference: {loss.name} needs {NEEDS[need]}, and there is none in {name_rows(short)} of {what}. Add the field "{field}".')
 
 
 def unserved(loss: type[Loss], examples: Sequence[Example]) -> str:
     """What the loss misses in the rows, naming the first of them; empty if nothing."""
+    if loss.data == "any":
+        return ""
     if loss.data == "pairs":
         short = [e.origin for e in examples if e.kind != "pair"]
         return f"compares pairs, and there is none in {name_rows(short)}" if short else ""

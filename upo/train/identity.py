@@ -10,67 +10,104 @@ from typing import Any
 import numpy as np
 
 from upo.config import RunConfig
-from upo.data.batch import Example
+from upo.data.order import epoch_order
 from upo.errors import RunError
+from upo.train.inputs import Inputs, rewards_difference, rows_difference
 from upo.train.prepare import Prepared
-from upo.train.reference import reference_identity
+from upo.train.reference import adapter_hash, reference_identity
 
 # Where and how fast a run computes, and what it writes: free to change when it is resumed.
 FREE = frozenset(
-    f"train.{key}" for key in ("micro_batch_tokens", "gradient_checkpointing", "eval_every", "save_every", "keep_checkpoints")
+    f"train.{key}" for key in ("micro_batch_tokens", "gradient_checkpointing", "eval_every", "save_every", "keep_checkpoints", "keep_best")
 ) | {"backend", "device", "dtype"}
 # Names of places: the contents behind them are compared by hash, so that a run can move to another machine.
 PLACES = frozenset({"model", "revision", "data.train", "data.eval", "data.revision", "adapter.start", "reference"})
+# What the learning rates of all steps follow from. Under a constant schedule the length is not among it.
+LENGTH = frozenset({"train.epochs", "train.steps"})
+SCHEDULE = LENGTH | {"optimizer.lr", "optimizer.schedule", "optimizer.warmup_steps"}
+INSTEAD = "start a new run with adapter.start set to its adapter"
 
 
-def run_identity(prepared: Prepared) -> dict[str, str]:
+def run_identity(prepared: Prepared, inputs: Inputs) -> dict[str, str]:
     """Hashes of what a run is made of, but for the model itself."""
-    identity = {"data.train": rows_hash(prepared.train), "data.eval": rows_hash(prepared.eval)}
-    if prepared.objective.auxiliary is not None:
-        identity["rewards"] = rewards_hash(prepared.train)
+    config, train = prepared.config, prepared.config.train
+    identity = {f"data.{split}": _sha256(inputs.rows.get(split, np.zeros(0, np.uint64)).astype("<u8")) for split in ("train", "eval")}
+    if inputs.rewards:  # to six decimals: the last bits differ between platforms
+        identity["rewards"] = hashlib.sha256(repr([[f"{r:.6f}" for r in inputs.rewards[s]] for s in sorted(inputs.rewards)]).encode()).hexdigest()
+    partners = [np.asarray(p, "<i4") for e in (*prepared.train, *prepared.eval) for p in e.partners or ()]
+    first = epoch_order(len(prepared.train), train.seed, 0).astype("<i8")
+    identity["order"] = _sha256(first, np.array([len(p) for p in partners], "<i8"), *partners)
     if prepared.tokenizer is not None:
         identity["tokenizer"] = prepared.tokenizer.hash
     if "reference" in prepared.objective.needs:
-        identity["reference"] = reference_identity(prepared.config)
+        identity["reference"] = reference_identity(config)
+    if config.adapter.start is not None:
+        identity["adapter.start"] = adapter_hash(config.adapter.start)
     return identity
 
 
-def rows_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 over the tokens and labels of rows, in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(f"{example.kind}{example.labels}".encode())
-        for tokens in (example.prompt, *example.completions):
-            digest.update(len(tokens).to_bytes(8, "little") + np.asarray(tokens, "<i4").tobytes())
-    return digest.hexdigest()
+def position(prepared: Prepared, step: int) -> dict[str, int]:
+    """Where in the order of the rows a run stands after `step` steps: whole epochs done, and rows of the one after them."""
+    rows, train = len(prepared.train), prepared.config.train
+    epoch, row = divmod(prepared.rows_before(step), rows)
+    return {"seed": train.seed, "batch_size": train.batch_size, "rows": rows, "epoch": epoch, "row": row}
 
 
-def rewards_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 over the auxiliary rewards of rows, to six decimals: the last bits differ between platforms."""
-    return hashlib.sha256(repr([None if e.reward is None else [f"{r:.6f}" for r in e.reward] for e in examples]).encode()).hexdigest()
+def check_config(old: RunConfig, new: RunConfig, folder: Path, reschedule: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Raise RunError showing every key that differs and may not. Returns those of the schedule that differ: {key: (before, now)}.
 
-
-def check_config(old: RunConfig, new: RunConfig, folder: Path) -> None:
-    """Raise RunError showing every key that differs and may not."""
+    The length may change under a constant schedule; every key of the schedule may with `reschedule`.
+    """
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
-    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key) and key not in FREE | PLACES]
+    differ = {key: (before.get(key), after.get(key)) for key in sorted({*before, *after}) if before.get(key) != after.get(key)}
+    constant = old.optimizer.schedule == new.optimizer.schedule == "constant"
+    allowed = SCHEDULE if reschedule else LENGTH if constant else frozenset[str]()
+    changed = [key for key in differ if key not in FREE | PLACES | allowed and not key.startswith("reference.")]  # of several, each has a number
     if changed:
-        shown = "; ".join(f"{key}: {before.get(key)!r} in the run, {after.get(key)!r} now" for key in changed)
+        shown = "; ".join(f"{key}: {differ[key][0]!r} in the run, {differ[key][1]!r} now" for key in changed)
+        hint = (
+            f" More or fewer steps need a constant schedule, or --reschedule, which computes the learning rates of the steps to come anew "
+            f"({', '.join(sorted(SCHEDULE))})."
+            if SCHEDULE.intersection(changed)
+            else ""
+        )
         raise RunError(
-            f"--resume: {folder} was started with another configuration ({shown}). Only {', '.join(sorted(FREE))} may change. "
-            "Resume with the run's own config.yaml, or start a new run with adapter.start set to its adapter."
+            f"--resume: {folder} was started with another configuration ({shown}). Only {', '.join(sorted(FREE))} may change.{hint} "
+            f"Resume with the run's own config.yaml, or {INSTEAD}."
+        )
+    return {key: values for key, values in differ.items() if key in allowed}
+
+
+def with_keys(config: RunConfig, other: RunConfig, keys: Sequence[str]) -> RunConfig:
+    """`config` with these keys as `other` has them."""
+    mine, theirs = config.model_dump(mode="json"), other.model_dump(mode="json")
+    for key in keys:
+        section, _, name = key.partition(".")
+        mine[section][name] = theirs[section][name]
+    return RunConfig.model_validate(mine)
+
+
+def check_identity(old: Mapping[str, str], new: Mapping[str, str], folder: Path, details: Mapping[str, str | None] | None = None) -> None:
+    """Raise RunError saying what behind the configuration's names is not what the run was started with.
+
+    `details` says in words how a part differs; without one the two hashes are shown.
+    """
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if any(name.startswith("data.") for name in changed):  # other rows have another order and other rewards: that is no news
+        changed = [name for name in changed if name not in ("order", "rewards")]
+    if changed:
+        hashes = {name: f"{str(old.get(name))[:12]} in the run, {str(new.get(name))[:12]} now" for name in changed}
+        shown = "; ".join(f"{name}: {(details or {}).get(name) or hashes[name]}" for name in changed)
+        raise RunError(
+            f"--resume: the contents of {', '.join(changed)} are not those that {folder} was started with ({shown}). Restore them, or {INSTEAD}."
         )
 
 
-def check_identity(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> None:
-    """Raise RunError naming what is behind the configuration's names and is not what the run was started with."""
-    changed = [name for name in new if name in old and old[name] != new[name]]
-    if changed:
-        shown = "; ".join(f"{name}: {old[name][:12]} in the run, {new[name][:12]} now" for name in changed)
-        raise RunError(
-            f"--resume: the contents of {', '.join(changed)} are not those that {folder} was started with (by hash, {shown}). "
-            "Restore them, or start a new run with adapter.start set to this run's adapter."
-        )
+def differences(old: Inputs, new: Inputs, prepared: Prepared) -> dict[str, str | None]:
+    """How rows and rewards differ from those of the run, in words: None where that cannot be told, "" for rewards that differ by rounding only."""
+    splits = {"train": prepared.train, "eval": prepared.eval}
+    found = {f"data.{split}": rows_difference(old, new, split, rows) or None for split, rows in splits.items()}
+    return {**found, "rewards": rewards_difference(old, new, splits)}
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
@@ -83,3 +120,10 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     if items is None:
         return {prefix: data}
     return {k: v for key, value in items for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

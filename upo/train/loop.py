@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from upo.config import RunConfig
 from upo.data.batch import Batch, collate
 from upo.errors import NonFiniteError
 from upo.train.checks import check_start
+from upo.train.identity import position
 from upo.train.interrupt import Interrupt
+from upo.train.keep import best_of
 from upo.train.metrics import evaluate, step_metrics
 from upo.train.prepare import Prepared
 from upo.train.reporter import Reporter
@@ -24,15 +27,19 @@ from upo.train.schedule import lr_at
 HEAVY = 10.0  # a mean actor weight above this means that a few completions decide the step
 
 
-def train(config: RunConfig, out: Path | str, *, resume: bool = False, allow_code: bool = False, reporter: Reporter | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig, out: Path | str, *, resume: bool = False, reschedule: bool = False, allow_code: bool = False, reporter: Reporter | None = None
+) -> dict[str, Any]:
     """Train as configured into the folder `out`, or go on with the run that is there. Returns what summary.json holds.
+
+    `reschedule`: a resumed run may have another length or learning rates, used from its checkpoint on.
 
     Raises an UpoError for bad input, before the model is loaded where that can be known; KeyboardInterrupt after Ctrl-C, with the state
     saved and the command to go on reported.
     """
     from upo.train.session import Session  # it imports this module for the loop
 
-    return Session(config, Path(out), resume=resume, allow_code=allow_code, reporter=reporter).run()
+    return Session(config, Path(out), resume=resume, reschedule=reschedule, allow_code=allow_code, reporter=reporter).run()
 
 
 @dataclass
@@ -53,30 +60,44 @@ class Progress:
 class Loop:
     """Steps through a prepared run. Only rank 0 writes to `run`.
 
+    `evaluations`: the evaluation lines that metrics.jsonl holds already; new ones are added to it. `origin`: what every checkpoint notes
+    about where it comes from. `saved`: called with the steps done and the folder of a new checkpoint, before older ones are removed.
     `same_start`: the policy starts as its reference, so step 1 checks that both are computed alike.
     """
 
-    def __init__(self, prepared: Prepared, learner: Learner, run: Run, reporter: Reporter, same_start: bool = False) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        learner: Learner,
+        run: Run,
+        reporter: Reporter,
+        evaluations: list[dict[str, Any]],
+        origin: Mapping[str, Any],
+        saved: Callable[[int, Path], None],
+        same_start: bool = False,
+    ) -> None:
         self.prepared, self.learner, self.run, self.reporter, self.same_start = prepared, learner, run, reporter, same_start
         self.config, self.objective, self.total = prepared.config, prepared.objective, prepared.total
         self.evaluation = collate(prepared.eval) if prepared.eval else None
+        self.evaluations, self.origin, self.saved = evaluations, origin, saved
         self.writes = learner.comm.rank == 0
         self._heavy = False
 
-    def go(self, progress: Progress, evaluations: list[dict[str, Any]]) -> None:
-        """Train to the end. `evaluations` are the evaluation lines that metrics.jsonl holds already; new ones are added to it."""
+    def go(self, progress: Progress) -> None:
+        """Train to the end."""
         self.reporter.start("train", self.total - progress.step, "steps")
         try:
             with Interrupt(self.reporter) as interrupt:
                 for step in range(progress.step, self.total):
-                    self._evaluate(step, evaluations)
+                    self._evaluate(progress)
                     self._step(step, progress)
                     stop = interrupt.agreed(self.learner.comm)
                     if stop or self._save_due(progress.step):
                         self._save(progress)
                     if stop and progress.step < self.total:
                         raise KeyboardInterrupt
-            self._evaluate(self.total, evaluations)
+            self._evaluate(progress)
+            self._prune(progress)
         except NonFiniteError as error:
             raise NonFiniteError(self._rescue(error, progress)) from None
         except KeyboardInterrupt:
@@ -100,24 +121,26 @@ class Loop:
             **step_metrics(self.objective, batch, outcome),
             "lr": lr,
             "grad_norm": float(outcome.grad_norm),
-            **({"value_grad_norm": float(outcome.value_grad_norm)} if self.objective.auxiliary else {}),
+            **({"value_grad_norm": float(outcome.value_grad_norm)} if self.objective.needs & {"value", "token_values"} else {}),
             **self._speed(batch, seconds),
         }
         self._log(record)
         self.reporter.advance(1)
         self._warn_heavy(record)
 
-    def _evaluate(self, step: int, evaluations: list[dict[str, Any]]) -> None:
-        every = self.config.train.eval_every
+    def _evaluate(self, progress: Progress) -> None:
+        step, every = progress.step, self.config.train.eval_every
         due = step in (0, self.total) or (every > 0 and step % every == 0)
-        if self.evaluation is None or not due or any(line["step"] == step for line in evaluations):
+        if self.evaluation is None or not due or any(line["step"] == step for line in self.evaluations):
             return
         began = time.perf_counter()
         limit = self.config.train.micro_batch_tokens * self.learner.comm.size
         found = evaluate(self.learner, self.objective, self.evaluation, step, limit)
         record = {"step": step, "eval": True, **found, **self._speed(self.evaluation, time.perf_counter() - began)}
-        evaluations.append(record)
+        self.evaluations.append(record)
         self._log(record)
+        if best_of(self.evaluations, self.config.train.keep_best) is record:
+            self._save(progress)
 
     def _speed(self, batch: Batch, seconds: float) -> dict[str, float]:
         tokens = batch.count["token"] + sum(map(len, batch.forest.prompts))
@@ -147,9 +170,20 @@ class Loop:
         return step == self.total or (every > 0 and step % every == 0)
 
     def _save(self, progress: Progress, prune: bool = True) -> None:
+        if not self.writes:
+            return
+        chosen = self.config.optimizer
+        schedule = {"name": chosen.schedule, "lr": chosen.lr, "warmup_steps": chosen.warmup_steps, "steps": self.total}
+        origin = {**self.origin, "schedule": schedule, "order": position(self.prepared, progress.step)}
+        folder = self.run.save(progress.step, self.learner.state(), self.learner.adapter_config(), progress.seconds(), origin)
+        self.saved(progress.step, folder)
+        if prune:
+            self._prune(progress)
+
+    def _prune(self, progress: Progress) -> None:
+        best = best_of(self.evaluations, self.config.train.keep_best)
         if self.writes:
-            keep = self.config.train.keep_checkpoints if prune else None
-            self.run.save(progress.step, self.learner.state(), self.learner.adapter_config(), progress.seconds(), keep)
+            self.run.prune(progress.step, self.config.train.keep_checkpoints, [] if best is None else [best["step"]])
 
     def _rescue(self, error: NonFiniteError, progress: Progress) -> str:
         """Save the state before the bad step, beside the regular checkpoints, and say what can be done."""
@@ -158,9 +192,7 @@ class Loop:
         return f"{error} The state after step {progress.step} is saved in {folder}: a new run goes on from it, or from an earlier one, by adapter.start."
 
     def _say_stopped(self, progress: Progress) -> None:
-        saved = self.run.last_step()
+        saved = self.run.last_step(progress.step)
         where = "no checkpoint was written yet" if saved is None else f"the state after step {saved} is saved"
-        self.reporter.warn(
-            f"Stopped after step {progress.step} of {self.total}; {where}. Go on with: upo train --resume --out {self.run.path}"
-        )
+        self.reporter.warn(f"Stopped after step {progress.step} of {self.total}; {where}. Go on with: {self.run.command}")
 

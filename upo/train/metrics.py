@@ -15,7 +15,8 @@ import numpy as np
 from upo.backend import Learner, Outcome
 from upo.data.batch import Batch, micro_batches
 from upo.errors import NonFiniteError
-from upo.losses import Objective, Scores
+from upo.learner import blank, fill, outcome_of, scored_names, scored_of, scores_of
+from upo.losses import Objective
 from upo.numpy_ops import ops
 
 NAMES: dict[str, str] = {
@@ -49,21 +50,12 @@ NAMES: dict[str, str] = {
 TIE = 1e-4  # margins this small are rounding: before the first update every pair is a tie
 
 
-def scores_of(batch: Batch, outcome: Outcome) -> Scores:
-    """The float64 scores of a whole step. Partners' log-ratios are taken where policy and reference both scored them."""
-    partners = None
-    if outcome.partner_logp is not None and batch.partner_ref_logp is not None:
-        partners = outcome.partner_logp.astype(np.float64) - batch.partner_ref_logp.astype(np.float64)
-    scores = batch.scores(outcome.logp, outcome.value, partners)
-    return scores.map(lambda a: np.asarray(a, np.float64), lambda a: a)
-
-
 def step_metrics(objective: Objective, batch: Batch, outcome: Outcome) -> dict[str, float]:
     """What the scores of a step say: losses, accuracy, margin, kl, log-probs, rewards and weights. Only what applies is present."""
     scores = scores_of(batch, outcome)
     record = {name: float(value) for name, value in objective(ops, scores).items()}
     if objective.preference and len(scores.chosen):
-        worth = objective.preference[0][0].implicit_reward(scores)
+        worth = objective.preference[0].loss.implicit_reward(scores)
         margin = worth[scores.chosen] - worth[scores.rejected]
         record["accuracy"] = float(np.mean((margin > TIE) + 0.5 * (np.abs(margin) <= TIE)))
         record["margin"] = float(np.mean(margin))
@@ -98,22 +90,20 @@ def evaluate(learner: Learner, objective: Objective, batch: Batch, step: int, li
 
     Raises NonFiniteError naming the rows whose score is not finite.
     """
-    logp = np.zeros(len(batch.label), np.float32)
+    whole = blank(batch, scored_names(objective.needs))
     partner = None if batch.partners is None else np.zeros(len(batch.label), np.float32)
-    value: np.ndarray | None = None
+    state: Mapping[str, float] = {}
     for rows in micro_batches(batch, limit):
-        part, kept = batch.select(rows)
+        part, places = batch.select(rows)
         outcome = learner.score(part)
-        logp[kept] = outcome.logp
+        fill(whole, places, {name: vector for name, vector in scored_of(outcome).items() if name in whole})
         if partner is not None and outcome.partner_logp is not None:
-            partner[kept] = outcome.partner_logp
-        if outcome.value is not None:
-            value = np.zeros(len(batch.origins), np.float32) if value is None else value
-            value[rows] = outcome.value
-    bad = bad_rows(batch, logp if partner is None else logp + partner)
+            partner[places.completions] = outcome.partner_logp
+        state = outcome.state
+    bad = bad_rows(batch, whole["logp"] if partner is None else whole["logp"] + partner)
     if bad:
         raise NonFiniteError(f"step {step}: the evaluation has log-probs that are not finite, in {name_rows(bad)}. Lower optimizer.lr, or look at these rows.")
-    return step_metrics(objective, replace(batch, step=step), Outcome(logp, value, partner))
+    return step_metrics(objective, replace(batch, step=step), outcome_of(whole, partner, state))
 
 
 def bad_rows(batch: Batch, logp: np.ndarray) -> list[str]:

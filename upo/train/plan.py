@@ -51,7 +51,7 @@ def plan(config: RunConfig, *, allow_code: bool = False, reporter: Reporter | No
     auxiliary = prepared.objective.auxiliary
     tokens = sum(example.tokens for example in prepared.train)
     everything = [*prepared.train, *prepared.eval]
-    reference = pass_size(everything) if "reference" in prepared.objective.needs else 0
+    reference = pass_size(prepared.config, everything) if "reference" in prepared.objective.needs else 0
     return {
         "backend": choose(config.backend),
         "rows": {"read": report.read, "train": len(prepared.train), "eval": len(prepared.eval), "dropped": report.read - len(everything)},

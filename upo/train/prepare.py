@@ -52,9 +52,8 @@ def prepare(config: RunConfig, *, allow_code: bool, reporter: Reporter, data: An
     `data` stands for reading files, and then no model folder is looked at. Raises an UpoError.
     """
     objective = config.objective.build()
-    auxiliary = config.objective.auxiliary
-    if auxiliary is not None:
-        validate_rewards(auxiliary.rewards, allow_code=allow_code)
+    goals = config.objective.goals
+    validate_rewards(goals, allow_code=allow_code, key=config.objective.goals_key)
     check_reference(config)
     folder = tokenizer = None
     if data is None:
@@ -70,6 +69,6 @@ def prepare(config: RunConfig, *, allow_code: bool, reporter: Reporter, data: An
     for name, examples in splits.items():
         if examples and "partners" in objective.needs:
             splits[name] = assign_partners(examples, config.train.seed, config.train.max_length)
-        if examples and auxiliary is not None and score:
-            splits[name] = score_examples(splits[name], auxiliary.rewards, allow_code=allow_code, reporter=reporter)
+        if examples and goals and score:
+            splits[name] = score_examples(splits[name], goals, allow_code=allow_code, reporter=reporter, key=config.objective.goals_key)
     return Prepared(config, objective, folder, tokenizer, data, splits["data.train"], splits["data.eval"], total)

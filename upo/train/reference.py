@@ -17,7 +17,8 @@ from upo.cache import cache_dir
 from upo.config import RunConfig
 from upo.data.batch import Batch, Example, collate, micro_batches
 from upo.errors import ModelError
-from upo.train.metrics import bad_rows, name_rows
+from upo.learner import sum_over_ranks
+from upo.train.metrics import name_rows
 from upo.train.reporter import Reporter
 
 LAYOUT = "padded"  # policy and reference are scored in one layout; another layout is another key
@@ -34,7 +35,8 @@ class Reference:
 
 def check_reference(config: RunConfig) -> None:
     """Raise ModelError for an adapter that cannot be read."""
-    for option, folder in (("adapter.start", config.adapter.start), ("reference", _folder(config))):
+    folders = [("adapter.start", config.adapter.start), *(("reference", _folder(config, name)) for name in config.references)]
+    for option, folder in folders:
         if folder is not None:
             try:
                 read_adapter(folder)
@@ -44,9 +46,9 @@ def check_reference(config: RunConfig) -> None:
 
 
 def reference_identity(config: RunConfig) -> str:
-    """`base`, or the hash of the adapter that serves as reference: equal wherever the folder lies."""
-    folder = _folder(config)
-    return "base" if folder is None else adapter_hash(folder)
+    """`base`, or the hash of the adapter that serves as reference, equal wherever the folder lies; of several, all of them."""
+    folders = [_folder(config, name) for name in config.references]
+    return ", ".join("base" if folder is None else adapter_hash(folder) for folder in folders)
 
 
 def adapter_hash(folder: str) -> str:
@@ -59,10 +61,10 @@ def adapter_hash(folder: str) -> str:
 
 
 def reference_key(config: RunConfig, info: ModelInfo, backend: str, examples: Sequence[Example]) -> str:
-    """Names the log-probs of these rows: weights, reference adapter, number formats, kind of device, layout and every token."""
+    """Names the log-probs of these rows: weights, references, number formats, kind of device, layout and every token."""
     digest = hashlib.sha256()
     parts = (info.weights_hash, reference_identity(config), config.quantize, info.dtype, backend, info.device.split(":")[0], LAYOUT)
-    digest.update(repr(parts).encode())
+    digest.update(repr((*parts, "tokens") if _by_token(config) else parts).encode())
     for example in examples:
         for tokens in (example.prompt, *_completions(example)):
             digest.update(len(tokens).to_bytes(8, "little") + np.asarray(tokens, "<i4").tobytes())
@@ -71,74 +73,123 @@ def reference_key(config: RunConfig, info: ModelInfo, backend: str, examples: Se
 
 
 def with_reference(config: RunConfig, learner: Learner, backend: str, examples: Sequence[Example], name: str, reporter: Reporter) -> Reference:
-    """The rows with `ref_logp` and `partner_ref_logp`, from the cache where it has them, else by one pass over all ranks.
+    """The rows with what the objective needs of the references, from the cache where it has them, else by one pass over all ranks.
 
     `name` is the split's, for messages. Rank 0 reads and writes the cache. Raises ModelError naming rows whose log-prob is not finite.
     """
-    key = reference_key(config, learner.info, backend, examples)
-    path, size = cache_path(key), pass_size(examples)
-    logp = _shared(learner.comm, read_cached(path, size) if learner.comm.rank == 0 else None, size)
-    cached = logp is not None
-    if logp is None:
-        logp = _score(learner, collate(examples), config.train.micro_batch_tokens, name, reporter)
+    key, batch = reference_key(config, learner.info, backend, examples), collate(examples)
+    vectors = _vectors(batch, len(config.references), _by_token(config))
+    path, size = cache_path(key), sum(map(len, vectors.values()))
+    found = _shared(learner.comm, read_cached(path, size) if learner.comm.rank == 0 else None, size)
+    cached = found is not None
+    if found is not None:
+        vectors = dict(zip(vectors, np.split(found, np.cumsum([len(v) for v in vectors.values()])[:-1]), strict=True))
+    else:
+        vectors = _score(learner, batch, vectors, config.train.micro_batch_tokens, name, reporter)
         if learner.comm.rank == 0:
-            _write(path, logp)
-    return Reference(_attach(examples, logp), key, cached)
+            _write(path, np.concatenate(list(vectors.values())))
+    return Reference(_attach(examples, vectors), key, cached)
 
 
 def cache_path(key: str) -> Path:
-    """Where the log-probs of a key are kept: one float32 array, all rows' completions, then all rows' partners."""
+    """Where the log-probs of a key are kept: one float32 array."""
     return cache_dir("reference") / f"{key}.npy"
 
 
-def pass_size(examples: Sequence[Example]) -> int:
-    """Completions that the pass scores, KTO's partners included."""
-    return sum(len(_completions(e)) for e in examples)
+def pass_size(config: RunConfig, examples: Sequence[Example]) -> int:
+    """Completions that the pass scores: KTO's partners and anchors under the first reference, the rows' own under each."""
+    further = len(config.references) - 1
+    return sum(len(_completions(e)) + further * len(e.completions) for e in examples)
 
 
 def logps_of(examples: Sequence[Example]) -> np.ndarray:
-    """[completions and partners] the reference log-probs that rows carry, in the order of the cache."""
+    """[completions and partners] the (first) reference's log-probs that rows carry."""
     return np.array([v for name in ("ref_logp", "partner_ref_logp") for e in examples for v in getattr(e, name) or ()], np.float32)
 
 
-def _folder(config: RunConfig) -> str | None:
-    return {"base": None, "start": config.adapter.start}.get(config.reference, config.reference)
+def _folder(config: RunConfig, name: str) -> str | None:
+    return {"base": None, "start": config.adapter.start}.get(name, name)
+
+
+def _by_token(config: RunConfig) -> bool:
+    return bool(config.objective.build().needs & {"tokens", "token_values"})
 
 
 def _completions(example: Example) -> tuple[np.ndarray, ...]:
-    return (*example.completions, *(example.partners or ()))
+    return (*example.completions, *(example.partners or ()), *(() if example.anchor is None else (example.anchor,)))
 
 
-def _score(learner: Learner, batch: Batch, limit: int, name: str, reporter: Reporter) -> np.ndarray:
-    """[N] log-probs of the batch's completions, then [N] of its partners if it has them; rank r takes parts r, r + W, ...
+def _vectors(batch: Batch, references: int, tokens: bool) -> dict[str, np.ndarray]:
+    """What the pass has to find, as zeros: by what is scored and, after a slash, the reference's index."""
+    sizes = {"tokens/0" if tokens else "completions/0": batch.size("token_logp" if tokens else "logp")}
+    if batch.partners is not None:
+        sizes["partners/0"] = len(batch.label)
+    if batch.anchors is not None:
+        sizes["anchors/0"] = len(batch.origins)
+    sizes |= {f"completions/{k}": len(batch.label) for k in range(1, references)}
+    return {name: np.zeros(size, np.float32) for name, size in sizes.items()}
+
+
+def _score(learner: Learner, batch: Batch, vectors: dict[str, np.ndarray], limit: int, name: str, reporter: Reporter) -> dict[str, np.ndarray]:
+    """The vectors, filled; rank r takes parts r, r + W, ...
 
     The parts are those in which `evaluate` scores the policy, completions and partners apart as there: in equal shapes policy and
     reference round alike, so that they agree to the last bit before the first update.
     """
-    comm, n = learner.comm, len(batch.label)
-    logp = np.zeros(n if batch.partners is None else 2 * n, np.float32)
+    comm = learner.comm
     reporter.start(f"reference ({name})", len(batch.origins), "rows")
     for rows in micro_batches(batch, limit, at_least=comm.size)[comm.rank :: comm.size]:
-        part, kept = batch.select(rows)
-        logp[kept] = learner.logps(part.forest, reference=True)
-        if part.partners is not None:
-            logp[n + kept] = learner.logps(part.partners, reference=True)
+        part, places = batch.select(rows)
+        for vector, filled in vectors.items():
+            what, _, reference = vector.partition("/")
+            forest = {"partners": part.partners, "anchors": part.anchors}.get(what, part.forest)
+            place = {"tokens": places.tokens, "anchors": places.rows}.get(what, places.completions)
+            assert forest is not None
+            filled[place] = learner.logps(forest, reference=int(reference), tokens=what == "tokens")
         reporter.advance(min(len(rows) * comm.size, len(batch.origins)))
-    logp = comm.all_sum(logp)
-    bad = bad_rows(batch, logp.reshape(-1, n).sum(axis=0))
+    vectors = sum_over_ranks(comm, vectors)
+    bad = {row for vector, logp in vectors.items() for row in _rows_of(batch, vector.partition("/")[0], ~np.isfinite(logp))}
     if bad:
         remedy = "Use dtype: float32 or bfloat16." if learner.info.dtype == "float16" else "The model or the reference adapter is damaged."
-        raise ModelError(f"reference: log-probs that are not finite ({learner.info.dtype}) in {name_rows(bad)}. {remedy}")
-    return logp
+        origins = sorted({batch.origins[row] for row in bad})
+        raise ModelError(f"reference: log-probs that are not finite ({learner.info.dtype}) in {name_rows(origins)}. {remedy}")
+    return vectors
 
 
-def _attach(examples: Sequence[Example], logp: np.ndarray) -> list[Example]:
-    done, n, place = [], sum(len(e.completions) for e in examples), 0
-    for example in examples:
+def _rows_of(batch: Batch, what: str, mask: np.ndarray) -> list[int]:
+    owner = {
+        "tokens": np.repeat(batch.forest.owner, batch.forest.lengths),
+        "completions": batch.forest.owner,
+        "partners": batch.forest.owner,
+        "anchors": np.arange(len(batch.origins)),
+    }[what]
+    return [int(row) for row in owner[mask]]
+
+
+def _attach(examples: Sequence[Example], vectors: dict[str, np.ndarray]) -> list[Example]:
+    others = [v for name, v in vectors.items() if name.startswith("completions/") and name != "completions/0"]
+    done, place, token = [], 0, 0
+    for row, example in enumerate(examples):
         here = slice(place, place + len(example.completions))
-        partners = None if example.partners is None else tuple(logp[n:][here].tolist())
-        done.append(replace(example, ref_logp=tuple(logp[here].tolist()), partner_ref_logp=partners))
         place = here.stop
+        by_token = None
+        if "tokens/0" in vectors:
+            ends = token + np.cumsum([len(c) for c in example.completions])
+            by_token = tuple(np.split(vectors["tokens/0"][token : ends[-1]], ends[:-1] - token))
+            token = int(ends[-1])
+            logp = tuple(float(np.sum(v)) for v in by_token)
+        else:
+            logp = tuple(vectors["completions/0"][here].tolist())
+        done.append(
+            replace(
+                example,
+                ref_logp=logp,
+                ref_token_logp=by_token,
+                other_ref_logps=tuple(tuple(v[here].tolist()) for v in others) or None,
+                partner_ref_logp=tuple(vectors["partners/0"][here].tolist()) if "partners/0" in vectors else None,
+                anchor_ref_logp=float(vectors["anchors/0"][row]) if "anchors/0" in vectors else None,
+            )
+        )
     return done
 
 

@@ -2,160 +2,221 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upo import adapters, tensors
+from upo import adapters
 from upo.errors import RunError
+from upo.train import inputs as inputs_file
+from upo.train.checkpoint import Checkpoint, State, checkpoint_name, read_checkpoint, write_checkpoint
+from upo.train.files import check_writable, sync, write_text, writing
+from upo.train.inputs import Inputs
+from upo.train.manifest import is_manifest, strict_json
 from upo.train.metrics import plain
 from upo.train.reporter import Reporter
 
-State = dict[str, dict[str, np.ndarray]]
-CONTENTS = ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "checkpoints", "adapter")
-FILES = {"adapter": "adapter_model.safetensors", "value_head": "value_head.safetensors", "optimizer": "optimizer.safetensors"}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint, its checksums verified."""
-
-    folder: Path
-    step: int  # optimizer steps done
-    seconds: dict[str, float]  # spent so far: reference, train, total
-
-    def state(self) -> State:
-        """What `Learner.load_state` takes."""
-        return {part: tensors.read(self.folder / name) if (self.folder / name).is_file() else {} for part, name in FILES.items()}
+CONTENTS = ("config.yaml", "manifest.json", "inputs.safetensors", "metrics.jsonl", "summary.json", "checkpoints", "adapter")
+LEFTOVERS = (".tmp-*", ".adapter.*", ".inputs.safetensors.*")  # of a write that was interrupted
 
 
 class Run:
-    """The folder of one run. Only rank 0 writes."""
+    """The folder of one run. Only rank 0 writes; what cannot be written is a RunError, and what was there before stays."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.metrics = folder / "metrics.jsonl"
 
+    # --- May it be written to? ----------------------------------------------------------------------------------------------------
+
     def check_new(self) -> None:
-        """Raise RunError if the folder holds a run, or is no folder."""
+        """Raise RunError if the folder holds a run, is no folder, or cannot be written to."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"--out {self.path}: this is a file. Name a folder that does not exist yet.")
         found = [name for name in CONTENTS if (self.path / name).exists()]
-        if found:
-            go_on = "" if "summary.json" in found else f", or go on with it: upo train --resume --out {self.path}"
+        if found and not self._never_began():
+            go_on = "" if "summary.json" in found else f", or go on with it: {self.command}"
             raise RunError(f"--out {self.path}: holds a run already ({', '.join(found)}). Name another folder{go_on}.")
+        check_writable(self.path, "--out")
 
     def check_resumable(self) -> None:
-        """Raise RunError if there is no run to go on with, or it is finished."""
+        """Raise RunError if there is no run to go on with, or it cannot be written to."""
         missing = [name for name in ("config.yaml", "manifest.json") if not (self.path / name).is_file()]
         if missing:
             raise RunError(f"--resume: {self.path} holds no run ({' and '.join(missing)} missing). Start one: upo train CONFIG --out {self.path}")
-        if (self.path / "summary.json").is_file():
+        check_writable(self.path, "--resume: --out")
+
+    def check_unfinished(self, steps: int) -> None:
+        """Raise RunError if a result of so many steps is there."""
+        try:
+            done = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))["steps"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return  # none, or not written to the end
+        if done == steps:
             raise RunError(
-                f"--resume: the run in {self.path} is finished; its result is {self.path / 'adapter'}. To train on, start a new run with adapter.start set to it."
+                f"--resume: the run in {self.path} is finished; its result is {self.path / 'adapter'}. Give it more steps with "
+                "--set train.epochs=... (or train.steps), or start a new run with adapter.start set to its adapter."
             )
 
-    def create(self, config: str, manifest: Mapping[str, Any]) -> None:
-        """Write configuration (YAML text) and manifest into a folder that holds no run."""
+    @property
+    def command(self) -> str:
+        """What goes on with this run."""
+        return f"upo train --resume --out {self.path}"
+
+    def _never_began(self) -> bool:
+        """Whether this is all that a process leaves which ended while it made the folder: its manifest comes first, its configuration last."""
+        checkpoints = self.path / "checkpoints"
+        if any((self.path / name).exists() for name in ("config.yaml", "summary.json", "adapter")):
+            return False
+        if (self.metrics.exists() and self.metrics.stat().st_size) or (checkpoints.exists() and any(checkpoints.iterdir())):
+            return False
+        if any((self.path / name).exists() for name in ("manifest.json", inputs_file.NAME)):
+            try:
+                self.manifest()
+            except RunError:  # of something else
+                return False
+        return True
+
+    # --- Configuration, manifest, result ------------------------------------------------------------------------------------------
+
+    def create(self, config: str, manifest: Mapping[str, Any], inputs: Inputs) -> None:
+        """Write manifest, inputs and, last, the configuration (YAML text) into a folder that holds no run."""
         self.check_new()
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "checkpoints").mkdir()
-        write_text(self.path / "config.yaml", config)
+        with writing(self.path, "Nothing was trained yet."):
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.metrics.touch()
         self.write_json("manifest.json", manifest)
-        self.metrics.touch()
+        self.write_inputs(inputs)
+        self.write("config.yaml", config)
 
     def manifest(self) -> dict[str, Any]:
         """The manifest. Raises RunError if it cannot be read."""
+        path = self.path / "manifest.json"
         try:
-            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.path / 'manifest.json'}: cannot be read ({error}). The run cannot be resumed.") from None
-        if not isinstance(manifest, dict):
-            raise RunError(f"{self.path / 'manifest.json'}: not a manifest. The run cannot be resumed.")
+            manifest = strict_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(f"{path}: cannot be read ({error}). The run cannot be resumed.") from None
+        if not is_manifest(manifest):
+            raise RunError(f"{path}: not a manifest. The run cannot be resumed.")
         return manifest
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a JSON file at once."""
-        write_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        self.write(name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a text file at once."""
+        with writing(self.path / name, f"Make room, then go on: {self.command}"):
+            write_text(self.path / name, text)
+
+    def write_inputs(self, inputs: Inputs) -> None:
+        """Replace inputs.safetensors at once."""
+        with writing(self.path / inputs_file.NAME, f"Make room, then go on: {self.command}"):
+            inputs_file.write_inputs(self.path, inputs)
+
+    def write_result(self, arrays: dict[str, np.ndarray], adapter_config: dict[str, Any]) -> None:
+        """The trained adapter; an earlier result, of fewer steps, is replaced."""
+        with writing(self.path / "adapter", f"Make room, then write it again: {self.command}"):
+            adapters.write_adapter(self.path / "adapter", arrays, adapter_config, overwrite=True)
+
+    # --- Metrics ------------------------------------------------------------------------------------------------------------------
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with writing(self.metrics, f"Make room, then go on: {self.command}"), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(record), allow_nan=False) + "\n")
 
     def records(self, step: int | None = None) -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl, or those of the first `step` steps."""
-        if not self.metrics.is_file():
-            return []
-        records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # the process ended while it wrote this line
-                break
-        return [record for record in records if step is None or record["step"] <= step]
+        return [record for record, _ in self._lines(step)]
 
     def truncate(self, step: int) -> list[dict[str, Any]]:
-        """Forget metrics after `step` steps; returns those that stay."""
-        kept = self.records(step)
-        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-        return kept
+        """Forget metrics after `step` steps; returns those that stay, as they were."""
+        kept = self._lines(step)
+        self.write(self.metrics.name, "".join(f"{line}\n" for _, line in kept))
+        return [record for record, _ in kept]
+
+    def _lines(self, step: int | None) -> list[tuple[dict[str, Any], str]]:
+        if not self.metrics.is_file():
+            return []
+        found = []
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                record = strict_json(line)
+                wanted = step is None or record["step"] <= step
+            except (ValueError, TypeError, KeyError, RecursionError):  # the process ended while it wrote this line
+                continue
+            if wanted:
+                found.append((record, line))
+        return found
+
+    # --- Checkpoints --------------------------------------------------------------------------------------------------------------
 
     def checkpoint_folder(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:06d}"
+        return self.path / "checkpoints" / checkpoint_name(step)
 
-    def save(self, step: int, state: State, adapter_config: dict[str, Any], seconds: Mapping[str, float], keep: int | None) -> Path:
-        """Write a checkpoint at once (temporary folder, fsync, rename) and remove all but the `keep` newest (None: keep all).
+    def save(
+        self, step: int, state: State, adapter_config: dict[str, Any], seconds: Mapping[str, float], origin: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write a checkpoint at once. `origin` is what it notes besides about where it comes from.
 
         A complete checkpoint of this step stays as it is: the state after a number of steps is one thing. A damaged one is replaced.
         """
         final = self.checkpoint_folder(step)
         if not self._complete(final):
-            self.sweep()
-            sync(self.metrics)
-            temporary = final.with_name(f".tmp-{final.name}")
-            adapters.write_adapter(temporary, state["adapter"], adapter_config)
-            for part, name in FILES.items():
-                if part != "adapter" and state.get(part):
-                    tensors.write(temporary / name, state[part])
-            files = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
-            content = {"step": step, "seconds": dict(seconds), "files": files}
-            (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            for path in (*temporary.iterdir(), temporary):
-                sync(path)
-            if final.is_dir():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            sync(final.parent)
-        for old in self._folders()[:-keep] if keep else []:
-            shutil.rmtree(old)
+            last = self.last_step(step)
+            before = f"The one of step {last} is untouched" if last is not None else "There is none before it"
+            with writing(final, f"{before}. Make room, then go on: {self.command}"):
+                self.sweep()
+                sync(self.metrics)
+                write_checkpoint(final, step, state, adapter_config, seconds, origin or {})
         return final
 
+    def prune(self, step: int, newest: int, besides: Collection[int] = ()) -> None:
+        """Remove all checkpoints up to `step` but the newest and those of the steps `besides`.
+
+        One beyond `step` was passed over because it is damaged, and stays until the run comes by again.
+        """
+        for done in self._steps(step)[:-newest]:
+            if done not in besides:
+                folder = self.checkpoint_folder(done)
+                with writing(folder, f"It was to be removed. Go on with: {self.command}"):
+                    shutil.rmtree(folder)
+
     def newest(self, reporter: Reporter) -> Checkpoint | None:
-        """The newest complete checkpoint, or None; a damaged one is named and passed over."""
-        for folder in reversed(self._folders()):
+        """The newest complete checkpoint, None if none was written yet. A damaged one is named and passed over.
+
+        Raises RunError if there are checkpoints and none of them is complete.
+        """
+        faults = []
+        for folder in map(self.checkpoint_folder, reversed(self._steps())):
             try:
-                return read_checkpoint(folder)
+                checkpoint = read_checkpoint(folder)
             except RunError as error:
-                reporter.warn(f"{error} Passed over.")
+                faults.append(str(error))
+                continue
+            for fault in faults:
+                reporter.warn(f"{fault} Passed over.")
+            return checkpoint
+        if faults:
+            raise RunError(f"--resume: no checkpoint is complete. {' '.join(faults)} Copy one again from where the run was made, or start a new run.")
         return None
 
-    def last_step(self) -> int | None:
-        """Steps done in the newest checkpoint, complete or not; None without one."""
-        folders = self._folders()
-        return int(folders[-1].name.removeprefix("step-")) if folders else None
+    def last_step(self, step: int | None = None) -> int | None:
+        """Steps done in the newest checkpoint (of the first `step` steps), complete or not; None without one."""
+        return max(self._steps(step), default=None)
 
     def sweep(self) -> None:
         """Remove what an interrupted write left behind."""
-        for folder in (self.path / "checkpoints").glob(".*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in (*(self.path / "checkpoints").glob(".*"), *(path for pattern in LEFTOVERS for path in self.path.glob(pattern))):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _complete(self, folder: Path) -> bool:
         try:
@@ -164,54 +225,8 @@ class Run:
             return False
         return True
 
-    def _folders(self) -> list[Path]:
-        """Checkpoints from oldest to newest."""
-        found = (f for f in (self.path / "checkpoints").glob("step-*") if f.is_dir() and f.name.removeprefix("step-").isdigit())
-        return sorted(found, key=lambda f: int(f.name.removeprefix("step-")))
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder. Raises RunError if a file is missing or its SHA-256 differs."""
-    try:
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        files, step, seconds = dict(content["files"]), int(content["step"]), dict(content["seconds"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder}: no readable state.json ({error}).") from None
-    if FILES["adapter"] not in files:
-        raise RunError(f"{folder}: state.json lists no {FILES['adapter']}.")
-    for name, expected in files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise RunError(f"{folder}: {name} is missing.")
-        if file_hash(path) != expected:
-            raise RunError(f"{folder}: {name} is damaged (its SHA-256 is not the one in state.json).")
-    return Checkpoint(folder, step, seconds)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _steps(self, step: int | None = None) -> list[int]:
+        """Steps of the checkpoints there are, complete or not, in order; of the first `step` steps only."""
+        names = [folder.name.removeprefix("step-") for folder in (self.path / "checkpoints").glob("step-*") if folder.is_dir()]
+        steps = sorted(int(name) for name in names if name.isdecimal() and checkpoint_name(int(name)) == f"step-{name}")
+        return [s for s in steps if step is None or s <= step]

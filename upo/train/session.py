@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import replace
@@ -10,25 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from upo import adapters
 from upo.backend import Learner, choose, get_backend
 from upo.config import RunConfig, load_config
-from upo.train.identity import check_config, check_identity, run_identity
+from upo.errors import RunError
+from upo.train.checkpoint import Checkpoint
+from upo.train.identity import check_config, check_identity, differences, position, run_identity, with_keys
+from upo.train.inputs import Inputs, inputs_of, read_inputs
+from upo.train.keep import best_of, check_keep_best
 from upo.train.loop import Loop, Progress
-from upo.train.manifest import first_manifest, session_entry
+from upo.train.manifest import cut_sessions, done_by, first_manifest, session_entry
 from upo.train.prepare import prepare
-from upo.train.reference import (
-    Reference,
-    adapter_hash,
-    cache_path,
-    logps_of,
-    pass_size,
-    read_cached,
-    reference_identity,
-    with_reference,
-)
+from upo.train.prompts import with_embeddings
+from upo.train.reference import adapter_hash, cache_path, logps_of, pass_size, read_cached, reference_identity, with_reference
 from upo.train.reporter import Recorder, Reporter, Silent
 from upo.train.run import Run
+from upo.train.schedule import lr_at
 from upo.train.value import fit_value
 
 
@@ -46,6 +43,7 @@ class Session:
         out: Path,
         *,
         resume: bool = False,
+        reschedule: bool = False,
         allow_code: bool = False,
         reporter: Reporter | None = None,
         learner: Learner | None = None,
@@ -54,36 +52,39 @@ class Session:
         self.progress, self.config, self.folder = Progress(), config, Run(Path(out))
         self.reporter = Recorder(Silent() if reporter is None or _early_rank() > 0 else reporter)
         self._manifest: dict[str, Any] = {}
+        self._earlier: RunConfig | None = None
+        self._changed: dict[str, tuple[Any, Any]] = {}
         if resume:
-            self.folder.check_resumable()
-            self._manifest = self.folder.manifest()
-            check_config(load_config(self.folder.path / "config.yaml"), config, self.folder.path)
+            self._read_run(reschedule)
+        elif reschedule:
+            raise RunError("--reschedule: changes a run that is resumed. Add --resume, or leave it out.")
         else:
             self.folder.check_new()
         self._prepared = prepare(config, allow_code=allow_code, reporter=self.reporter, data=data)
         self.objective, self.tokenizer, self.data = self._prepared.objective, self._prepared.tokenizer, self._prepared.data
         self.total_steps = self._prepared.total
-        identity = run_identity(self._prepared)
-        check_identity(self._manifest.get("identity", {}), identity, self.folder.path)
+        check_keep_best(config, self.objective, self._prepared.eval)
+        self._inputs = inputs_of(self._prepared.train, self._prepared.eval, self.objective.columns)
+        self._noted = read_inputs(self.folder.path) if resume else Inputs()
+        self._identity = run_identity(self._prepared, self._inputs)
+        self._check_identity()
+        checkpoint = self._newest() if resume else None
+        if self._manifest:
+            cut_sessions(self._manifest, self.progress.step)
         self.backend = choose(config.backend)
         self.learner = learner if learner is not None else get_backend(config.backend).load(config)
         if self.learner.comm.rank > 0:
             self.reporter.inner = Silent()
         for note in self.learner.info.notes:
             self.reporter.info(note)
-        self._identity = {**identity, "model": self.learner.info.weights_hash}
-        check_identity(self._manifest.get("identity", {}), self._identity, self.folder.path)
-        checkpoint = self.folder.newest(self.reporter) if resume else None
-        if checkpoint is not None:
-            seconds = checkpoint.seconds
-            self.progress.step, self.progress.reference_s = checkpoint.step, seconds["reference"]
-            self.progress.train_s, self.progress.earlier_s = seconds["train"], seconds["total"]
+        self._identity["model"] = self.learner.info.weights_hash
+        self._check_identity(checkpoint)
         self._references = self._score_reference()
         self.value_fit: dict[str, float] = {}
         if checkpoint is not None:
             self.learner.load_state(checkpoint.state())
-            self.reporter.info(f"Going on after step {checkpoint.step} of {self.total_steps}.")
-        elif self.objective.auxiliary is not None:
+            self.reporter.info(f"Going on after step {checkpoint.step} of {self.total_steps} ({done_by(self._manifest)}).")
+        elif self.objective.needs & {"value", "token_values"}:
             self.value_fit = fit_value(self.learner, self._prepared.train, config.train.micro_batch_tokens, self.reporter)
             self.reporter.info("Value head fitted: " + ", ".join(f"{name} {value:.4g}" for name, value in self.value_fit.items()))
 
@@ -96,19 +97,82 @@ class Session:
         self.learner.comm.all_sum(np.zeros(1, np.float32))  # every rank has looked at the folder before rank 0 writes to it
         kept = self.folder.truncate(self.progress.step) if self._manifest and writes else self.folder.records(self.progress.step)
         if writes:
+            self._say_lost({record["step"] for record in kept if not record.get("eval")})
             self._open()
         evaluations = [record for record in kept if record.get("eval")]
+        origin = {"identity": self._identity, "random": {"seed": self.config.train.seed}, "reference": self._references}
+        loop = Loop(self._prepared, self.learner, self.folder, self.reporter, evaluations, origin, self._note, self._starts_as_reference())
         try:
-            Loop(self._prepared, self.learner, self.folder, self.reporter, self._starts_as_reference()).go(self.progress, evaluations)
-        finally:
-            if writes:
-                self._manifest["sessions"][-1]["to_step"] = self.progress.step
-                self.folder.write_json("manifest.json", self._manifest)
+            loop.go(self.progress)
+        except BaseException:
+            with contextlib.suppress(RunError):  # where the disk is full, what stopped the run is the better message
+                self._note(self.progress.step)
+            raise
         summary = self._summary(evaluations)
         if writes:
-            adapters.write_adapter(self.folder.path / "adapter", self.learner.state()["adapter"], self.learner.adapter_config(), overwrite=True)
+            self._note(self.progress.step)
+            self.folder.write_result(self.learner.state()["adapter"], self.learner.adapter_config())
             self.folder.write_json("summary.json", summary)
         return summary
+
+    # --- On with a run ------------------------------------------------------------------------------------------------------------
+
+    def _read_run(self, reschedule: bool) -> None:
+        """What is there of the run to go on with; refuses another configuration, and a run that is finished."""
+        self.folder.check_resumable()
+        self._manifest = self.folder.manifest()
+        self._earlier = load_config(self.folder.path / "config.yaml")
+        self._changed = check_config(self._earlier, self.config, self.folder.path, reschedule)
+        if not self._changed:
+            self.folder.check_unfinished(self._manifest["steps"])
+
+    def _newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from, the progress set to where it stands; None if the run had none yet."""
+        checkpoint = self.folder.newest(self.reporter)
+        latest, found = self._manifest.get("latest"), None if checkpoint is None else checkpoint.folder.name
+        if checkpoint is None:
+            if latest is not None:
+                raise RunError(f"--resume: {self.folder.path / 'checkpoints'} is empty, and the run had written {latest}. Copy it from where the run was made.")
+            return None
+        if latest is not None and not (self.folder.path / "checkpoints" / str(latest)).exists():
+            self.reporter.warn(f"The newest checkpoint of this run, {latest}, is not here. Going on from {found}.")
+        step, order = checkpoint.step, position(self._prepared, checkpoint.step)
+        if checkpoint.origin.get("order") != order:
+            raise RunError(f"{checkpoint.folder}: written at another place in the order of the rows ({checkpoint.origin.get('order')}; this run: {order}).")
+        if step > self.total_steps:
+            raise RunError(f"--resume: {step} steps are done, more than the {self.total_steps} of the new train.epochs or train.steps.")
+        self.progress.step, self.progress.reference_s = step, checkpoint.seconds["reference"]
+        self.progress.train_s, self.progress.earlier_s = checkpoint.seconds["train"], checkpoint.seconds["total"]
+        self._say_changed(step)
+        return checkpoint
+
+    def _say_changed(self, step: int) -> None:
+        for key, (before, after) in self._changed.items():
+            self.reporter.info(f"{key}: {before} until step {step}, {after} from there on.")
+        if self._changed and self._earlier is not None:
+            total = self._manifest["steps"]
+            then, now = lr_at(self._earlier.optimizer, step, total), lr_at(self.config.optimizer, step, self.total_steps)
+            rates = f"; the learning rate of step {step + 1} is {now:.3g}, and would have been {then:.3g}" if step < min(total, self.total_steps) else ""
+            self.reporter.info(f"The run has {self.total_steps} steps instead of {total}{rates}.")
+
+    def _check_identity(self, checkpoint: Checkpoint | None = None) -> None:
+        """Refuse a run, or a checkpoint among those of the run, that was made of something else. Before the model is loaded: all but that."""
+        made_of = [(self._manifest["identity"], self.folder.path)] if self._manifest else []
+        if checkpoint is not None:
+            made_of.append((checkpoint.origin.get("identity", {}), checkpoint.folder))
+        details = differences(self._noted, self._inputs, self._prepared) if made_of else {}
+        for old, folder in made_of:
+            expected = {name: value for name, value in old.items() if name != "model" or name in self._identity}
+            if details["rewards"] == "" and "rewards" in self._identity:
+                expected["rewards"] = self._identity["rewards"]
+            check_identity(expected, self._identity, folder, details)
+
+    def _say_lost(self, steps: set[int]) -> None:
+        lost = [step for step in range(1, self.progress.step + 1) if step not in steps]
+        if lost:
+            self.reporter.warn(f"{self.folder.metrics}: {len(lost)} of {self.progress.step} steps are missing (the first is {lost[0]}); they cannot be made again.")
+
+    # --- The reference ------------------------------------------------------------------------------------------------------------
 
     def _score_reference(self) -> dict[str, str]:
         """Give the rows their reference log-probs; returns the cache key of each split."""
@@ -121,47 +185,69 @@ class Session:
                 continue
             found = with_reference(self.config, self.learner, self.backend, rows, split, self.reporter)
             splits[split], keys[split] = found.examples, found.key
-            self.reporter.info(f"Reference ({split}): {pass_size(rows):,} completions {'from the cache' if found.cached else 'scored'}.")
-            self._compare(split, found)
+            self.reporter.info(f"Reference ({split}): {pass_size(self.config, rows):,} completions {'from the cache' if found.cached else 'scored'}.")
+        if "distance" in self.objective.needs:
+            limit = self.config.train.micro_batch_tokens
+            splits["train"], splits["eval"] = with_embeddings(self.learner, splits["train"], splits["eval"], limit, self.reporter)
         self._prepared = replace(prepared, train=splits["train"], eval=splits["eval"])
         self.progress.reference_s += time.perf_counter() - began
+        self._inputs = replace(self._inputs, reference={split: logps_of(splits[split]) for split in keys})
+        for split, key in keys.items():
+            self._compare(split, key)
         return keys
 
-    def _compare(self, split: str, found: Reference) -> None:
-        """Say by how much the reference moved, where a resumed run computes it on another backend, device or dtype."""
+    def _compare(self, split: str, key: str) -> None:
+        """Say by how much the reference moved, where a resumed run computes it on another backend, device, dtype or machine."""
         old = self._manifest.get("reference", {}).get("keys", {}).get(split)
-        if old is None or old == found.key:
+        if old is None:
             return
-        now = logps_of(found.examples)
-        before = read_cached(cache_path(old), len(now))
-        moved = "the earlier ones are not in the cache" if before is None else f"largest difference to the earlier ones {np.max(np.abs(now - before)):.3g} nats"
-        self.reporter.info(f"Reference ({split}): computed anew, as backend, device or dtype changed; {moved}.")
+        before, now = self._noted.reference.get(split), self._inputs.reference[split]
+        before = read_cached(cache_path(old), len(now)) if before is None else before
+        moved = float(np.max(np.abs(now - before), initial=0)) if before is not None and before.shape == now.shape else None
+        if old != key or moved:
+            why = "as backend, device or dtype changed" if old != key else "on a machine that rounds otherwise"
+            shown = "the earlier values are lost" if moved is None else f"largest difference to the earlier ones {moved:.3g} nats"
+            self.reporter.info(f"Reference ({split}): computed anew, {why}; {shown}.")
 
     def _starts_as_reference(self) -> bool:
         config = self.config
-        if config.adapter.start is None or config.reference == "start":
-            return config.reference in ("base", "start")
-        return reference_identity(config) == adapter_hash(config.adapter.start)
+        if config.adapter.start is None or config.references[0] == "start":
+            return config.references[0] in ("base", "start")
+        return reference_identity(config).partition(", ")[0] == adapter_hash(config.adapter.start)
+
+    # --- Writing it down ----------------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
         """Create the folder, or note in its manifest that another session goes on with it."""
-        new = not self._manifest
-        if new:
+        entry = session_entry(self.backend, self.learner, self.progress.step)
+        if not self._manifest:
             self._manifest = first_manifest(self._prepared, self.learner, self._identity, self._references, self.value_fit)
-        for session in self._manifest["sessions"]:  # steps that are done again are not theirs
-            session["to_step"] = min(self.progress.step, self.progress.step if session["to_step"] is None else session["to_step"])
-        self._manifest["sessions"].append(session_entry(self.backend, self.learner, self.progress.step))
-        if self._references:
-            self._manifest["reference"]["keys"] = self._references
-        if new:
-            self.folder.create(self.config.dump(), self._manifest)
-        else:
-            self.folder.sweep()
-            self.folder.write_json("manifest.json", self._manifest)
+            self._manifest["sessions"].append(entry)
+            self.folder.create(self.config.dump(), self._manifest, self._inputs)
+            return
+        if self._changed:
+            entry["changed"] = {key: list(values) for key, values in self._changed.items()}
+        self._manifest["sessions"].append(entry)
+        self._manifest["steps"], self._manifest["reference"]["keys"] = self.total_steps, self._references
+        self.folder.sweep()
+        self.folder.write_inputs(self._inputs)
+        self.folder.write_json("manifest.json", self._manifest)
+        if self._changed and self._earlier is not None:
+            self.folder.write("config.yaml", with_keys(self._earlier, self.config, list(self._changed)).dump())
+
+    def _note(self, step: int, checkpoint: Path | None = None) -> None:
+        """Say in the manifest how far this session is, and which checkpoint is the newest."""
+        if self.learner.comm.rank > 0:
+            return
+        self._manifest["sessions"][-1]["to_step"] = step
+        if checkpoint is not None:
+            self._manifest["latest"] = checkpoint.name
+        self.folder.write_json("manifest.json", self._manifest)
 
     def _summary(self, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
         seconds, rows = self.progress.seconds(), self._prepared.rows_before(self.total_steps)
         before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
+        best = best_of(evaluations, self.config.train.keep_best)
         return {
             "rows": rows,
             "steps": self.total_steps,
@@ -171,6 +257,7 @@ class Session:
             "rows_per_s": rows / max(seconds["reference"] + seconds["train"], 1e-9),
             "peak_memory_gb": float(self.learner.peak_memory_gb()),
             "eval": {"before": before, "after": after},
+            **({} if best is None else {"best": {"checkpoint": str(self.folder.checkpoint_folder(best["step"])), **best}}),
             "value_fit": self._manifest.get("value_fit", {}),
             "warnings": self.reporter.warnings,
         }
