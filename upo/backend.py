@@ -67,6 +67,7 @@ class ModelInfo:
     targets: tuple[str, ...]  # module names that carry an adapter, e.g. ("q_proj", "v_proj")
     weights_hash: str  # identifies base weights (file hashes, not a full read of huge files)
     notes: tuple[str, ...] = field(default=())  # what was repaired or fell back, to be shown
+    layout: str = "padded"  # how token rows are laid out (`upo.data.batch.SIZES`): log-probs in 16 bits move with it
 
 
 class Learner(Protocol):

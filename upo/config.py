@@ -253,10 +253,13 @@ class TrainConfig(Section):
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     steps: int | None = Field(None, gt=0, description="optimizer steps; when given, `epochs` is not used")
     batch_size: int = Field(8, gt=0, description="rows per optimizer step, over all ranks")
-    micro_batch_tokens: int = Field(2048, gt=0, description="padded tokens computed at once; changes memory, not the result")
+    micro_batch_tokens: int = Field(2048, gt=0, description="token slots computed at once; changes memory, not the result")
     max_length: int = Field(1024, gt=1, description="tokens of prompt and completion together")
     overflow: Literal["drop", "cut"] = Field("drop", description="rows too long after whole turns of the prompt were removed: drop, or cut both completions alike")
     seed: int = Field(0, ge=0, description="of order, splits, partners and initial weights")
+    prefix_sharing: Literal["auto", "off"] = Field(
+        "auto", description="`auto`: compute each prompt once for all its completions where the model allows it, checked at the start; `off`: padded rows"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")

@@ -25,9 +25,9 @@ class Part:
     places: Places
 
 
-def parts_of(batch: Batch, limit: int, comm: Comm) -> list[Part]:
-    """This rank's micro-batches of at most `limit` padded tokens: r, r + W, ... Possibly none."""
-    rows = micro_batches(batch, limit, at_least=comm.size)
+def parts_of(batch: Batch, limit: int, comm: Comm, layout: str) -> list[Part]:
+    """This rank's micro-batches of at most `limit` token slots in this layout: r, r + W, ... Possibly none."""
+    rows = micro_batches(batch, limit, at_least=comm.size, layout=layout)
     return [Part(*batch.select(part)) for part in rows[comm.rank :: comm.size]]
 
 

@@ -76,17 +76,25 @@ def test_scores_spread_values_over_completions():
     assert scores.length.tolist() == [2, 4, 1, 3, 3, 1, 2, 2]
 
 
+def slots_of(forest, layout):
+    """Counted from the forest itself."""
+    prompts, completions = [len(p) for p in forest.prompts], [len(c) for c in forest.completions]
+    if layout == "padded":
+        return padded(forest).ids.size
+    return sum(prompts) + sum(completions) if layout == "packed" else len(prompts) * max(prompts) + len(completions) * max(completions)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_micro_batches_partition_the_rows_within_the_limit(seed):
     rng = np.random.default_rng(seed)
     rows = [example(i, int(rng.integers(1, 30)), *(int(n) for n in rng.integers(1, 20, int(rng.integers(1, 4))))) for i in range(int(rng.integers(1, 20)))]
     batch = collate(rows)
     for limit in (1, 60, 200, 10_000):
-        for multiple in (1, 8):
-            parts = micro_batches(batch, limit, multiple=multiple)
+        for layout in ("padded", "packed", "two_phase"):
+            parts = micro_batches(batch, limit, layout=layout)
             assert sorted(r for part in parts for r in part) == list(range(len(rows)))
             for part in parts:
-                slots = padded(batch.select(part)[0].forest, multiple).ids.size
+                slots = slots_of(batch.select(part)[0].forest, layout)
                 assert slots <= limit or len(part) == 1, "only a row that is too long by itself may pass the limit"
     assert len(micro_batches(batch, 10_000)) == 1
     assert [len(p) for p in micro_batches(batch, 1)] == [1] * len(rows)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from upo import numpy_ops
-from upo.data.forest import Forest, Tokens, padded_size
+from upo.data.forest import SIZES, Forest, Tokens
 from upo.losses.base import Scores
 from upo.ops import Ops
 
@@ -242,8 +242,8 @@ def _quantiles(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     }
 
 
-def micro_batches(batch: Batch, limit: int, at_least: int = 1, multiple: int = 1) -> list[list[int]]:
-    """Partition of the batch's rows, each part within `limit` padded token slots; an oversized row goes alone.
+def micro_batches(batch: Batch, limit: int, at_least: int = 1, layout: str = "padded") -> list[list[int]]:
+    """Partition of the batch's rows, each part within `limit` token slots of this layout (`SIZES`); an oversized row goes alone.
 
     Rows are taken from longest to shortest, so that a part holds rows of like length. At least `at_least` parts are made while there
     are rows for them, one per rank, and then of about as many rows each. Deterministic.
@@ -253,7 +253,7 @@ def micro_batches(batch: Batch, limit: int, at_least: int = 1, multiple: int = 1
     parts: list[list[int]] = []
     most = 0  # rows of the part being filled
     for done, row in enumerate(order):
-        if parts and len(parts[-1]) < most and padded_size([sizes[r] for r in (*parts[-1], row)], multiple) <= limit:
+        if parts and len(parts[-1]) < most and SIZES[layout]([sizes[r] for r in (*parts[-1], row)]) <= limit:
             parts[-1].append(row)
         else:
             most = -(-(len(order) - done) // max(1, at_least - len(parts)))

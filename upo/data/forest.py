@@ -85,3 +85,17 @@ def padded_size(lengths: Sequence[tuple[int, Sequence[int]]], multiple: int = 1)
     """Token slots `padded` takes for rows given as (prompt length, completion lengths), without building them."""
     rows = [p + c for p, cs in lengths for c in (cs or (0,))]
     return len(rows) * (-(-max(rows) // multiple) * multiple)
+
+
+def packed_size(lengths: Sequence[tuple[int, Sequence[int]]]) -> int:
+    """Token slots where each prompt stands once, followed by its completions, without padding."""
+    return sum(p + sum(cs) for p, cs in lengths)
+
+
+def two_phase_size(lengths: Sequence[tuple[int, Sequence[int]]]) -> int:
+    """Token slots where the prompts are one padded batch and the completions another."""
+    completions = [c for _, cs in lengths for c in cs]
+    return len(lengths) * max(p for p, _ in lengths) + len(completions) * max(completions, default=0)
+
+
+SIZES = {"padded": padded_size, "packed": packed_size, "two_phase": two_phase_size}

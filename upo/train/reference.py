@@ -21,9 +21,6 @@ from upo.learner import sum_over_ranks
 from upo.train.metrics import name_rows
 from upo.train.reporter import Reporter
 
-LAYOUT = "padded"  # policy and reference are scored in one layout; another layout is another key
-
-
 @dataclass(frozen=True)
 class Reference:
     """Rows with their reference log-probs, and how they were come by."""
@@ -63,7 +60,7 @@ def adapter_hash(folder: str) -> str:
 def reference_key(config: RunConfig, info: ModelInfo, backend: str, examples: Sequence[Example]) -> str:
     """Names the log-probs of these rows: weights, references, number formats, kind of device, layout and every token."""
     digest = hashlib.sha256()
-    parts = (info.weights_hash, reference_identity(config), config.quantize, info.dtype, backend, info.device.split(":")[0], LAYOUT)
+    parts = (info.weights_hash, reference_identity(config), config.quantize, info.dtype, backend, info.device.split(":")[0], info.layout)
     digest.update(repr((*parts, "tokens") if _by_token(config) else parts).encode())
     for example in examples:
         for tokens in (example.prompt, *_completions(example)):
@@ -138,7 +135,7 @@ def _score(learner: Learner, batch: Batch, vectors: dict[str, np.ndarray], limit
     """
     comm = learner.comm
     reporter.start(f"reference ({name})", len(batch.origins), "rows")
-    for rows in micro_batches(batch, limit, at_least=comm.size)[comm.rank :: comm.size]:
+    for rows in micro_batches(batch, limit, at_least=comm.size, layout=learner.info.layout)[comm.rank :: comm.size]:
         part, places = batch.select(rows)
         for vector, filled in vectors.items():
             what, _, reference = vector.partition("/")
