@@ -47,7 +47,7 @@ def losses(name: str | None, as_json: bool) -> None:
             echo_json(entries)
             return
         for family, group in itertools.groupby(entries, lambda entry: entry["family"]):
-            click.echo(family)
+            click.echo(textwrap.fill(family, 100))
             for entry in group:
                 words = f"Data: {entry['data']}. Needs: {_needs(entry)}. {entry['source']}"
                 for first, text in ((entry["name"], entry["summary"]), ("", words)):

@@ -137,7 +137,7 @@ def test_whole_of_it_on_a_tiny_model(here: Path, tiny_llama: Path, backend: str)
     assert done.exit_code == 0, (done.output, done.exception)
     result = json.loads((here / "tiny" / "quickstart.json").read_text(encoding="utf-8"))
     assert (result["backend"], result["steps"], result["prompts"], len(result["answers"])) == (backend, 2, 40, 40)
-    assert all(len(a["before"]) == len(a["after"]) == 3 for a in result["answers"])
+    assert all(len(a["before"]) == len(a["after"]) == 8 for a in result["answers"])
     assert result["before"]["accuracy"] == 0.5  # the untrained adapter changes nothing: every pair is a tie
     margins = [json.loads(line)["margin"] for line in (here / "tiny" / "metrics.jsonl").read_text().splitlines() if '"eval": true' in line]
     assert margins[0] == 0 and margins[1] != 0

@@ -98,7 +98,7 @@ def said(n: int, word: str = "word") -> str:
 
 def test_pairs_are_disjoint_and_the_shorter_answer_is_chosen() -> None:
     texts = [said(20), said(5), said(8), said(30)]
-    found = choose_pairs([("q", texts)], 2, len)
+    found = choose_pairs([("q", texts)], 2, lambda text: float(len(text)))
     used = [t for p in found for t in (p.chosen, p.rejected)]
     assert len(found) == 2 and sorted(used) == sorted(texts)
     assert all(len(words(p.rejected)) - len(words(p.chosen)) >= CLEAR for p in found)
@@ -109,9 +109,19 @@ def test_pairs_are_disjoint_and_the_shorter_answer_is_chosen() -> None:
 def test_selection_keeps_the_measure_balanced_over_prompts() -> None:
     measure = lambda t: float(t.startswith("plain"))  # noqa: E731
     first = ("a", [said(5, "plain"), said(20)])  # can only be won by the plain one: the balance is + 1
-    second = ("b", [said(5, "plain"), said(6, "odd"), said(20, "plain")])  # equally clear: balance 0, or - 1 with the odd one chosen
-    assert choose_pairs([first, second], 1, measure) == [Pair("a", *first[1]), Pair("b", said(6, "odd"), said(20, "plain"))]
-    assert choose_pairs([second], 1, measure) == [Pair("b", said(5, "plain"), said(20, "plain"))]
+    second = ("b", [said(5, "plain"), said(6, "odd"), said(20, "odd"), said(21, "plain")])  # as wide either way: balance + 1 or - 1
+    assert choose_pairs([first, second], 1, measure) == [Pair("a", *first[1]), Pair("b", said(6, "odd"), said(21, "plain"))]
+    won = ("c", [said(20, "plain"), said(5)])  # the balance is - 1
+    assert choose_pairs([won, second], 1, measure) == [Pair("c", said(5), said(20, "plain")), Pair("b", said(5, "plain"), said(20, "odd"))]
+
+
+def test_selection_is_wide_but_as_good_as_the_answers_are() -> None:
+    measure = lambda t: {"best": 1.0, "good": 0.5}.get(t.split()[0], 0.0)  # noqa: E731
+    texts = [said(5, "best"), said(6, "good"), said(7, "bad"), said(20, "worse"), said(21, "good"), said(22, "awful")]
+    found = choose_pairs([("q", texts)], 2, measure)
+    values = [measure(t) for p in found for t in (p.chosen, p.rejected)]
+    assert 1.0 in values  # the spread is taken ...
+    assert abs(sum(values) / 4 - sum(map(measure, texts)) / 6) <= 0.1  # ... and the mean, 1/3, is kept
 
 
 class Canned:

@@ -88,7 +88,7 @@ class Echo:
 
 def test_answers_are_grouped_by_prompt() -> None:
     found = ev.answer(Echo(), Echo(), ["7", "8"], Sampling(seed=5), Silent(), "answers")  # type: ignore[arg-type]
-    assert found == [["7/0/5", "7/1/5", "7/2/5"], ["8/3/5", "8/4/5", "8/5/5"]]
+    assert found == [[f"{prompt}/{i}/5" for i in range(first, first + ev.SAMPLES)] for prompt, first in ((7, 0), (8, ev.SAMPLES))]
 
 
 class Spoken:
