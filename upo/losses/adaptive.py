@@ -25,6 +25,7 @@ class AdaDPO(PairLoss):
         tau = argmin over [tau_min, tau_max] of -tau log s(u / tau) + (rho - log 2) tau          penalty = linear
               the same with rho tau^2 for rho tau                                                penalty = quadratic
 
+    The value leaves out (rho - log 2) tau, as the authors' code does, so it may rise while the margins do.
     tau is a constant for the gradient: newton_steps steps from tau = 1, each clipped to [tau_min, tau_max]. rho > 0 is the paper's
     rho_0; the paper merges beta into tau (beta = 1). One value per pair, [P].
 
