@@ -7,7 +7,7 @@ import numpy as np
 from upo import random
 from upo.backend import Sampling
 
-FEW = 1024
+LIKELY = 1e-4  # of the most likely token
 
 
 def uniforms(sampling: Sampling, prompt: int) -> np.ndarray:
@@ -23,28 +23,22 @@ def pick(logits: np.ndarray, temperature: float, top_p: float, uniform: np.ndarr
     """
     if temperature == 0:
         return np.argmax(logits, axis=-1)
-    weight = np.exp((logits - logits.max(-1, keepdims=True)) / np.float32(temperature))
-    if top_p < 1:
-        weight[weight < _least(weight, top_p)[:, None]] = 0
-    chosen = np.zeros(len(weight), np.int64)
-    for row, (kept, u) in enumerate(zip(weight, uniform, strict=True)):
-        tokens = np.flatnonzero(kept)
-        mass = np.cumsum(kept[tokens], dtype=np.float64)
-        chosen[row] = tokens[np.argmax(mass > u * mass[-1])]
-    return chosen
+    weights = np.exp((logits - logits.max(-1, keepdims=True)) / np.float32(temperature))
+    return np.array([_draw(weight, top_p, u) for weight, u in zip(weights, uniform, strict=True)], np.int64)
 
 
-def _least(weight: np.ndarray, top_p: float) -> np.ndarray:
-    """[B] the weight of the last token that top_p keeps.
+def _draw(weight: np.ndarray, top_p: float, uniform: float) -> int:
+    """A token of one distribution [V], given by weights of which the largest is 1."""
+    tokens = _nucleus(weight, top_p) if top_p < 1 else np.flatnonzero(weight)
+    mass = np.cumsum(weight[tokens], dtype=np.float64)
+    return int(tokens[np.argmax(mass > uniform * mass[-1])])
 
-    The kept tokens are nearly always among the few largest, so only those are sorted: at a vocabulary of 49k a full sort takes longer
-    than the model.
-    """
-    wanted = top_p * np.sum(weight, axis=-1, dtype=np.float64)
-    few = min(FEW, weight.shape[-1])
-    falling = -np.sort(-np.partition(weight, -few, axis=-1)[:, -few:], axis=-1)
-    if np.any(np.sum(falling, axis=-1, dtype=np.float64) < wanted):
-        falling = -np.sort(-weight, axis=-1)
-    mass = np.cumsum(falling, axis=-1, dtype=np.float64)
-    last = np.argmax(mass >= np.minimum(wanted, mass[:, -1])[:, None], axis=-1)
-    return np.take_along_axis(falling, last[:, None], -1)[:, 0]
+
+def _nucleus(weight: np.ndarray, top_p: float) -> np.ndarray:
+    """The tokens that top_p keeps. They are nearly always among the likely ones, so only those are sorted: at a vocabulary of 49k a full
+    sort takes longer than a small model does."""
+    wanted = top_p * np.sum(weight, dtype=np.float64)
+    likely = weight[weight > LIKELY]
+    falling = np.sort(likely if np.sum(likely, dtype=np.float64) >= wanted else weight)[::-1]
+    mass = np.cumsum(falling, dtype=np.float64)
+    return np.flatnonzero(weight >= falling[np.argmax(mass >= min(wanted, mass[-1]))])

@@ -18,7 +18,7 @@ from upo.train.reference import adapter_hash, reference_identity
 
 # Where and how fast a run computes, and what it writes: free to change when it is resumed.
 FREE = frozenset(
-    f"train.{key}" for key in ("micro_batch_tokens", "gradient_checkpointing", "eval_every", "save_every", "keep_checkpoints", "keep_best")
+    f"train.{key}" for key in ("micro_batch_tokens", "gradient_checkpointing", "prefix_sharing", "eval_every", "save_every", "keep_checkpoints", "keep_best")
 ) | {"backend", "device", "dtype"}
 # Names of places: the contents behind them are compared by hash, so that a run can move to another machine.
 PLACES = frozenset({"model", "revision", "data.train", "data.eval", "data.revision", "adapter.start", "reference"})
