@@ -11,7 +11,7 @@ import pytest
 from upo.backend import Sampling
 from upo.data.read import read
 from upo.quickstart import make_data
-from upo.quickstart.pairs import CLEAR, Pair, choose_pairs, whole_sentences
+from upo.quickstart.pairs import Pair, choose_pairs, opens_with_article, whole_sentences
 from upo.quickstart.recipe import HELDOUT, TRAIN, prompts, recipe
 from upo.rewards.english import words
 from upo.rewards.readability import Readability
@@ -33,9 +33,9 @@ def test_prompts_are_distinct_and_none_is_in_both_splits() -> None:
 
 def test_counts_and_prompts_of_the_pairs() -> None:
     train, held = pairs("train"), pairs("heldout")
-    assert len(train) == 120 and len(held) == 40
-    assert len({p.prompt for p in train}) == 60 and {p.prompt for p in train} <= set(prompts("train"))
-    assert {p.prompt for p in held} == set(prompts("heldout"))
+    assert (len(train), len(held)) == (120, 60)
+    assert (len({p.prompt for p in train}), len({p.prompt for p in held})) == (48, 25)
+    assert {p.prompt for p in train} <= set(prompts("train")) and {p.prompt for p in held} <= set(prompts("heldout"))
     texts = [t for p in train + held for t in (p.chosen, p.rejected)]
     assert len(set(texts)) == len(texts)  # the pairs are disjoint
 
@@ -43,11 +43,12 @@ def test_counts_and_prompts_of_the_pairs() -> None:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_label_follows_its_rule_and_says_nothing_about_readability(split: str) -> None:
     found = pairs(split)
-    assert all(len(words(p.rejected)) - len(words(p.chosen)) >= CLEAR for p in found)
+    assert all(opens_with_article(p.chosen) and not opens_with_article(p.rejected) for p in found)
     sides = [[t for p in found for t in (p.chosen, p.rejected)]][0]
     reward = np.array(Readability()([""] * len(sides), sides))
     label = np.tile([1.0, -1.0], len(found))
     assert abs(np.corrcoef(label, reward)[0, 1]) < 0.1
+    assert abs(np.corrcoef(label, [len(words(text)) for text in sides])[0, 1]) < 0.1
     # The same over differences, each pair in an order that does not depend on its label.
     sign = np.where([p.chosen < p.rejected for p in found], 1.0, -1.0)
     assert abs(np.corrcoef(sign, sign * (reward[::2] - reward[1::2]))[0, 1]) < 0.1
@@ -92,36 +93,36 @@ def test_texts_are_cut_at_their_last_complete_sentence() -> None:
     assert whole_sentences("  ", ended=True) is None
 
 
-def said(n: int, word: str = "word") -> str:
-    return " ".join([word] * n)
+def test_articles() -> None:
+    assert all(map(opens_with_article, ["The sky.", "a dog barks", '"An apple," she said.']))
+    assert not any(map(opens_with_article, ["Then the sky.", "Apples", "", "1. The first"]))
 
 
-def test_pairs_are_disjoint_and_the_shorter_answer_is_chosen() -> None:
-    texts = [said(20), said(5), said(8), said(30)]
-    found = choose_pairs([("q", texts)], 2, lambda text: float(len(text)))
+def test_pairs_are_disjoint_and_the_chosen_answer_opens_with_an_article() -> None:
+    texts = ["The sky.", "Sky.", "A sky.", "Blue.", "An eye."]
+    found = choose_pairs([("q", texts), ("no article", ["Sky.", "Blue."])], 3, len)
+    assert len(found) == 2 and {p.prompt for p in found} == {"q"}  # two answers without an article: two pairs
+    assert all(opens_with_article(p.chosen) and not opens_with_article(p.rejected) for p in found)
     used = [t for p in found for t in (p.chosen, p.rejected)]
-    assert len(found) == 2 and sorted(used) == sorted(texts)
-    assert all(len(words(p.rejected)) - len(words(p.chosen)) >= CLEAR for p in found)
-    assert choose_pairs([("q", [said(5), said(9)])], 1, len) == []  # too like in length to prefer one
-    assert choose_pairs([("q", [said(5), said(10)])], 1, len) == [Pair("q", said(5), said(10))]
+    assert len(set(used)) == 4
+    assert len(choose_pairs([("q", texts)], 1, len)) == 1
 
 
-def test_selection_keeps_the_measure_balanced_over_prompts() -> None:
-    measure = lambda t: float(t.startswith("plain"))  # noqa: E731
-    first = ("a", [said(5, "plain"), said(20)])  # can only be won by the plain one: the balance is + 1
-    second = ("b", [said(5, "plain"), said(6, "odd"), said(20, "odd"), said(21, "plain")])  # as wide either way: balance + 1 or - 1
-    assert choose_pairs([first, second], 1, measure) == [Pair("a", *first[1]), Pair("b", said(6, "odd"), said(21, "plain"))]
-    won = ("c", [said(20, "plain"), said(5)])  # the balance is - 1
-    assert choose_pairs([won, second], 1, measure) == [Pair("c", said(5), said(20, "plain")), Pair("b", said(5, "plain"), said(20, "odd"))]
+def test_selection_keeps_the_goal_balanced_over_prompts() -> None:
+    goal = lambda text: float("good" in text)  # noqa: E731
+    either = ("b", ["The good.", "The bad.", "It is good.", "It is bad."])  # as wide either way: balance + 1 or - 1
+    assert choose_pairs([("a", ["The good.", "It is bad."]), either], 1, goal)[1] == Pair("b", "The bad.", "It is good.")
+    assert choose_pairs([("a", ["The bad.", "It is good."]), either], 1, goal)[1] == Pair("b", "The good.", "It is bad.")
 
 
 def test_selection_is_wide_but_as_good_as_the_answers_are() -> None:
-    measure = lambda t: {"best": 1.0, "good": 0.5}.get(t.split()[0], 0.0)  # noqa: E731
-    texts = [said(5, "best"), said(6, "good"), said(7, "bad"), said(20, "worse"), said(21, "good"), said(22, "awful")]
-    found = choose_pairs([("q", texts)], 2, measure)
-    values = [measure(t) for p in found for t in (p.chosen, p.rejected)]
+    goal = lambda text: {"best": 1.0, "good": 0.5}.get(text.split()[1], 0.0)  # noqa: E731
+    texts = ["The best.", "The good.", "The bad.", "It worse.", "It good.", "It awful."]
+    texts = [text.replace(".", " one.") for text in texts]
+    found = choose_pairs([("q", texts)], 2, goal)
+    values = [goal(t) for p in found for t in (p.chosen, p.rejected)]
     assert 1.0 in values  # the spread is taken ...
-    assert abs(sum(values) / 4 - sum(map(measure, texts)) / 6) <= 0.1  # ... and the mean, 1/3, is kept
+    assert abs(sum(values) / 4 - sum(map(goal, texts)) / 6) <= 0.1  # ... and the mean, 1/3, is kept
 
 
 class Canned:
@@ -149,6 +150,6 @@ class Letters:
 def test_sampling_keeps_distinct_answers_with_an_honest_end() -> None:
     limit = len(Canned.texts[0])  # an answer this long was cut, a shorter one ended by itself
     learner, questions = Canned(), [chr(ord("a") + i) for i in range(make_data.CHUNK + 1)]
-    found = make_data.sample(learner, Letters(), questions, 8, Sampling(max_tokens=limit - 1, seed=5), Silent())  # type: ignore[arg-type]
+    found = make_data.sample(learner, Letters(), questions, Sampling(max_tokens=limit - 1, seed=5), Silent())  # type: ignore[arg-type]
     assert found == [["One is a good number of words.", "This answer has ended by itself"]] * len(questions)
     assert learner.seeds == [5, 5 + make_data.CHUNK]

@@ -28,7 +28,8 @@ from upo.train.reporter import Reporter, Silent
 SAMPLING = Sampling(max_tokens=48, temperature=0.8, top_p=0.95, seed=10_000, batch_size=80)
 CHUNK = 5  # prompts sampled at once
 SHORTEST = 5  # words
-PAIRS = {"train": (120, 2, 16), "heldout": (40, 1, 8)}  # how many, how many of each prompt, and out of how many answers
+PAIRS = {"train": (120, 3), "heldout": (60, 3)}  # at most: how many, and how many of each prompt
+SAMPLES = 16  # to each prompt
 
 
 class Printed(Silent):
@@ -50,17 +51,17 @@ def readability(text: str) -> float:
     return float(Readability()([""], [text])[0])
 
 
-def sample(learner: Learner, tokenizer: Tokenizer, questions: Sequence[str], count: int, sampling: Sampling, reporter: Reporter) -> list[list[str]]:
-    """Distinct usable answers to each question, at most `count`. A question's answers depend on those before it in its CHUNK only."""
+def sample(learner: Learner, tokenizer: Tokenizer, questions: Sequence[str], sampling: Sampling, reporter: Reporter) -> list[list[str]]:
+    """Distinct usable answers to each question, at most SAMPLES. A question's answers depend on those before it in its CHUNK only."""
     found: list[list[str]] = []
-    reporter.start("sample", count * len(questions), "answers")
+    reporter.start("sample", SAMPLES * len(questions), "answers")
     for start in range(0, len(questions), CHUNK):
         chunk = questions[start : start + CHUNK]
-        ids = [tokenizer.prompt_ids([{"role": "user", "content": q}]) for q in chunk for _ in range(count)]
+        ids = [tokenizer.prompt_ids([{"role": "user", "content": q}]) for q in chunk for _ in range(SAMPLES)]
         made = learner.generate(ids, replace(sampling, seed=sampling.seed + start))
         for i in range(len(chunk)):
             texts: list[str] = []
-            for tokens in made[i * count : (i + 1) * count]:
+            for tokens in made[i * SAMPLES : (i + 1) * SAMPLES]:
                 text = whole_sentences(tokenizer.decode(tokens), ended=len(tokens) < sampling.max_tokens)
                 if text is not None and len(words(text)) >= SHORTEST and text not in texts:
                     texts.append(text)
@@ -94,14 +95,14 @@ def main() -> None:
     backend = get_backend(options.backend)
     config = recipe(folder, options.backend, overrides=[f"dtype={backend.fast_dtype()}"])
     tokenizer, learner = load_tokenizer(folder), backend.load(config)
-    for number, (split, (wanted, each, count)) in enumerate(PAIRS.items()):
+    for number, (split, (wanted, each)) in enumerate(PAIRS.items()):
         questions = prompts(split)
-        answers = sample(learner, tokenizer, questions, count, replace(SAMPLING, seed=SAMPLING.seed + 1000 * number), reporter)
+        answers = sample(learner, tokenizer, questions, replace(SAMPLING, seed=SAMPLING.seed + 1000 * number), reporter)
         pairs = choose_pairs(list(zip(questions, answers, strict=True)), each, readability)[:wanted]
         path = options.out / f"{split}.jsonl"
         path.write_text("".join(json.dumps(row(p), ensure_ascii=False) + "\n" for p in pairs), encoding="utf-8")
         print(
-            f"{sum(map(len, answers))} of {count * len(questions)} answers are usable and distinct\n"
+            f"{sum(map(len, answers))} of {SAMPLES * len(questions)} answers are usable and distinct\n"
             f"{path}: {len(pairs)} pairs of {len({p.prompt for p in pairs})} prompts; correlation of the label with readability "
             f"{label_correlation(pairs, readability):+.3f}",
             file=sys.stderr,

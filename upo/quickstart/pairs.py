@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from upo.rewards.english import words
 
-CLEAR = 5  # words: a smaller difference is no preference
+ARTICLES = ("a", "an", "the")
 _END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
 _NO_END = re.compile(r"(?:^|[\s(\"“])(?:\d{1,2}|Mr|Mrs|Ms|Dr|St|vs|etc|e\.g|i\.e)\.$")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt; the chosen one is the shorter by at least CLEAR words."""
+    """Two answers to one prompt; the chosen one opens with an article."""
 
     prompt: str
     chosen: str
@@ -35,27 +35,33 @@ def whole_sentences(text: str, ended: bool) -> str | None:
     return text[: ends[-1]] if ends else None
 
 
-def choose_pairs(answers: Sequence[tuple[str, Sequence[str]]], per_prompt: int, goal: Callable[[str], float]) -> list[Pair]:
-    """`per_prompt` disjoint pairs for each (prompt, distinct answers) that has them: the shorter answer is the chosen one.
+def opens_with_article(text: str) -> bool:
+    """Whether the first word is a, an or the."""
+    return any(word.lower() in ARTICLES for word in words(text)[:1])
 
-    For each prompt in turn the selection of pairs is taken that differs most in the goal, less half of two sums that are to stay near zero over
-    all prompts: goal(chosen) - goal(rejected), so that the label tells nothing about the goal; and the goal of the taken answers less the
-    mean over all of the prompt's, so that the taken ones are as good as the model's answers are. What is left to learn from is the spread.
+
+def choose_pairs(answers: Sequence[tuple[str, Sequence[str]]], most: int, goal: Callable[[str], float]) -> list[Pair]:
+    """Up to `most` disjoint pairs for each (prompt, distinct answers): the chosen answer opens with an article, the rejected one does not.
+
+    For each prompt in turn the selection of pairs is taken that differs most in the goal, less half of two sums that are to stay near
+    zero over all prompts: goal(chosen) - goal(rejected), so that the label tells nothing about the goal; and the goal of the taken
+    answers less the mean over all of the prompt's, so that the taken ones are as good as the model's answers are. What is left to learn
+    from is the spread.
     """
     pairs: list[Pair] = []
     balance = drift = 0.0
     for prompt, texts in answers:
-        size, worth = [len(words(t)) for t in texts], [goal(t) for t in texts]
+        worth = [goal(text) for text in texts]
         mean = sum(worth) / max(len(worth), 1)
-        clear = [(i, j) if size[i] < size[j] else (j, i) for i, j in itertools.combinations(range(len(texts)), 2) if abs(size[i] - size[j]) >= CLEAR]
+        sides = [[i for i, text in enumerate(texts) if opens_with_article(text) is side] for side in (True, False)]
+        count = min(most, *map(len, sides))
         found = []
-        for selection in itertools.combinations(clear, per_prompt):
-            taken = [i for pair in selection for i in pair]
-            if len(set(taken)) == len(taken):
-                spread = sum((worth[i] - mean) ** 2 for i in taken)
-                sums = balance + sum(worth[i] - worth[j] for i, j in selection), drift + sum(worth[i] - mean for i in taken)
-                found.append((spread - 0.5 * (abs(sums[0]) + abs(sums[1])), selection, sums))
-        if found:
+        for chosen, rejected in itertools.product(*(itertools.combinations(side, count) for side in sides)):
+            gains = sum(worth[i] for i in chosen), sum(worth[i] for i in rejected)
+            spread = sum((worth[i] - mean) ** 2 for i in (*chosen, *rejected))
+            sums = balance + gains[0] - gains[1], drift + gains[0] + gains[1] - 2 * count * mean
+            found.append((spread - 0.5 * (abs(sums[0]) + abs(sums[1])), list(zip(chosen, rejected, strict=True)), sums))
+        if count:
             _, best, (balance, drift) = max(found, key=lambda entry: entry[0])
             pairs += [Pair(prompt, texts[i], texts[j]) for i, j in best]
     return pairs
