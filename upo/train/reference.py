@@ -21,6 +21,7 @@ from upo.learner import sum_over_ranks
 from upo.train.metrics import name_rows
 from upo.train.reporter import Reporter
 
+
 @dataclass(frozen=True)
 class Reference:
     """Rows with their reference log-probs, and how they were come by."""
