@@ -15,6 +15,7 @@ State = Mapping[str, float]
 
 INDICES = ("chosen", "rejected", "positive", "negative", "owner", "token_owner")
 LEAVES = ("logp", "value", "token_logp", "token_value", "anchor_logp")  # what carries a gradient
+ROUNDING = 1e-3  # nats: policy and reference may round this far apart where they are equal, as in a run's first step
 CAP = 80.0  # e^80 is finite in float32, and so is its square root times anything
 
 
@@ -155,6 +156,15 @@ NEEDS = {
 def capped_exp(ops: Ops, x: Array) -> Array:
     """e^min(x, 80): no overflow in float32; the slope above the cap is 0."""
     return ops.exp(ops.where(x > CAP, CAP, x))  # NaN stays NaN
+
+
+def beyond_rounding(ops: Ops, x: Array) -> Array:
+    """max(0, x) for a difference of policy and reference, with what rounding explains counted as 0.
+
+    In the first step both are equal. Without this, rounding would decide there which completions get a slope, and no two backends, sizes
+    of micro-batches or numbers of ranks would agree.
+    """
+    return ops.where(x <= ROUNDING, 0.0, x)  # NaN stays NaN
 
 
 def sides(ops: Ops, scores: Scores, x: Array) -> tuple[Array, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from upo.losses.base import Scores, bradley_terry, sides
+from upo.losses.base import Scores, beyond_rounding, bradley_terry, sides
 from upo.losses.options import option
 from upo.losses.pairwise import PairLoss
 from upo.ops import Array, Ops
@@ -91,7 +91,8 @@ class BAPO(PairLoss):
         L = -log s(beta * D) + penalty * max(0, log ref(y_b) - log pi(y_b))              form = outside
         L = -log s(beta * D - penalty * max(0, log ref(y_b) - log pi(y_b)))              form = inside
 
-    y_b is the row's "anchor", an answer of the base model to the same prompt. penalty >= 0; beta > 0 as in DPO. The paper's own formula
+    y_b is the row's "anchor", an answer of the base model to the same prompt. penalty >= 0; beta > 0 as in DPO. A fall of less than 0.001
+    nats counts as none, as rounding explains it. The paper's own formula
     could not be checked: both forms follow its description. One value per pair, [P].
     """
 
@@ -104,7 +105,7 @@ class BAPO(PairLoss):
     source: ClassVar[str] = "after Lee et al. 2024 (BAPO), arXiv 2407.00693"
 
     def __call__(self, ops: Ops, scores: Scores) -> Array:
-        lost = self.penalty * ops.relu(scores.given("anchor_ref_logp") - scores.given("anchor_logp"))
+        lost = self.penalty * beyond_rounding(ops, scores.given("anchor_ref_logp") - scores.given("anchor_logp"))
         z = self.beta * self.difference(ops, scores)
         return bradley_terry(ops, z) + lost if self.form == "outside" else bradley_terry(ops, z - lost)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from upo.losses.base import Scores, bradley_terry, capped_exp, sides
+from upo.losses.base import Scores, beyond_rounding, bradley_terry, capped_exp, sides
 from upo.losses.options import option
 from upo.losses.pairwise import PairLoss
 from upo.ops import Array, Ops
@@ -106,7 +106,8 @@ class DPOP(PairLoss):
 
         L = -log s(beta * (D - penalty * max(0, log ref(y_w) - log pi(y_w))))
 
-    penalty >= 0 is the paper's lambda; 0 is DPO. beta > 0 as in DPO. One value per pair, [P].
+    penalty >= 0 is the paper's lambda; 0 is DPO. beta > 0 as in DPO. A fall of less than 0.001 nats counts as none, as rounding explains
+    it. One value per pair, [P].
 
     Elsewhere: turbo-alignment has 0.1; the paper's own penalty is far larger, as its log-probs are.
     """
@@ -119,7 +120,7 @@ class DPOP(PairLoss):
 
     def __call__(self, ops: Ops, scores: Scores) -> Array:
         g_w, g_l = sides(ops, scores, scores.logratio())
-        return bradley_terry(ops, self.beta * (g_w - g_l - self.penalty * ops.relu(-g_w)))
+        return bradley_terry(ops, self.beta * (g_w - g_l - self.penalty * beyond_rounding(ops, -g_w)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class MinorDPO(PairLoss):
 
         L = -log s(beta * (g(y_w) - max(0, g(y_l))))
 
-    beta > 0 as in DPO. At g(y_l) = 0, where training starts, the slope for the rejected side is 0. One value per pair, [P].
+    beta > 0 as in DPO. At g(y_l) = 0, where training starts, the slope for the rejected side is 0; less than 0.001 nats counts as 0, as
+    rounding explains it. One value per pair, [P].
     """
 
     beta: float = option(0.1, above=0)
@@ -138,4 +140,4 @@ class MinorDPO(PairLoss):
 
     def __call__(self, ops: Ops, scores: Scores) -> Array:
         g_w, g_l = sides(ops, scores, scores.logratio())
-        return bradley_terry(ops, self.beta * (g_w - ops.relu(g_l)))
+        return bradley_terry(ops, self.beta * (g_w - beyond_rounding(ops, g_l)))

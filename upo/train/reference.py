@@ -83,7 +83,7 @@ def with_reference(config: RunConfig, learner: Learner, backend: str, examples: 
     if found is not None:
         vectors = dict(zip(vectors, np.split(found, np.cumsum([len(v) for v in vectors.values()])[:-1]), strict=True))
     else:
-        vectors = _score(learner, batch, vectors, config.train.micro_batch_tokens, name, reporter)
+        vectors = _score(config, learner, batch, vectors, name, reporter)
         if learner.comm.rank == 0:
             _write(path, np.concatenate(list(vectors.values())))
     return Reference(_attach(examples, vectors), key, cached)
@@ -128,22 +128,29 @@ def _vectors(batch: Batch, references: int, tokens: bool) -> dict[str, np.ndarra
     return {name: np.zeros(size, np.float32) for name, size in sizes.items()}
 
 
-def _score(learner: Learner, batch: Batch, vectors: dict[str, np.ndarray], limit: int, name: str, reporter: Reporter) -> dict[str, np.ndarray]:
+def _score(
+    config: RunConfig, learner: Learner, batch: Batch, vectors: dict[str, np.ndarray], name: str, reporter: Reporter
+) -> dict[str, np.ndarray]:
     """The vectors, filled; rank r takes parts r, r + W, ...
 
-    The parts are those in which `evaluate` scores the policy, completions and partners apart as there: in equal shapes policy and
-    reference round alike, so that they agree to the last bit before the first update.
+    The parts are those in which `evaluate` scores the policy, completions with anchors together and partners apart as there: in equal
+    shapes policy and reference round alike, so that they agree to the last bit before the first update.
     """
-    comm = learner.comm
+    comm, limit = learner.comm, config.train.micro_batch_tokens
     reporter.start(f"reference ({name})", len(batch.origins), "rows")
     for rows in micro_batches(batch, limit, at_least=comm.size, layout=learner.info.layout)[comm.rank :: comm.size]:
         part, places = batch.select(rows)
-        for vector, filled in vectors.items():
-            what, _, reference = vector.partition("/")
-            forest = {"partners": part.partners, "anchors": part.anchors}.get(what, part.forest)
-            place = {"tokens": places.tokens, "anchors": places.rows}.get(what, places.completions)
-            assert forest is not None
-            filled[place] = learner.logps(forest, reference=int(reference), tokens=what == "tokens")
+        for vector, place in (("tokens/0", places.tokens), ("completions/0", places.completions)):
+            if vector in vectors:
+                found = learner.logps(part.scored, reference=0, tokens=vector == "tokens/0")
+                vectors[vector][place] = found[: len(place)]
+                if part.anchors is not None:  # they come after the completions
+                    ends = np.cumsum(part.anchors.lengths)[:-1] if vector == "tokens/0" else np.arange(1, len(rows))
+                    vectors["anchors/0"][places.rows] = [v.sum() for v in np.split(found[len(place) :], ends)]
+        if part.partners is not None:
+            vectors["partners/0"][places.completions] = learner.logps(part.partners, reference=0)
+        for k in range(1, len(config.references)):
+            vectors[f"completions/{k}"][places.completions] = learner.logps(part.forest, reference=k)
         reporter.advance(min(len(rows) * comm.size, len(batch.origins)))
     vectors = sum_over_ranks(comm, vectors)
     bad = {row for vector, logp in vectors.items() for row in _rows_of(batch, vector.partition("/")[0], ~np.isfinite(logp))}
