@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -22,7 +23,10 @@ from upo.data.packed import Packed, Tree
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
+
+    if "window_size" not in signature(varlen_attn).parameters:
+        varlen_attn = None
+except ImportError:  # an older torch
     varlen_attn = None
 
 NAME = "upo_forest"
