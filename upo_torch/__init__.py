@@ -14,7 +14,7 @@ name = "torch"
 def load(config: RunConfig) -> Learner:
     """Model, adapter, reference and optimizer as configured; initialises the ranks."""
     _need("torch", "transformers", "peft")
-    from upo_torch.step import load_learner
+    from upo_torch.loading import load_learner
 
     return load_learner(config)
 

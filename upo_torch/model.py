@@ -16,9 +16,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from upo.adapters import Adapter, lora_name
+from upo.data.forest import Layout
+from upo.data.packed import Packed
 from upo.errors import BackendError, ConfigError, ModelError, UpoError
 from upo.models import is_quantized_mlx, model_config
 from upo.targets import some
+from upo_torch.attention import Attention
 
 POLICY, REFERENCE = "default", "reference"  # PEFT's name of the adapter to train, and how those of references begin
 
@@ -60,6 +63,7 @@ class Model:
     def __init__(self, net: Any, device: torch.device) -> None:
         self.net, self.device = net, device
         self.decoder, self.head = _split(net)
+        self.attention = Attention(self.decoder)
         self.policy: dict[str, nn.Parameter] = {}
         self.scale = 0.0
         self._peft: Any = None
@@ -144,7 +148,9 @@ class Model:
             raise ConfigError(f"train.gradient_checkpointing: {type(self.net).__name__} does not support it. Set it to false and lower train.micro_batch_tokens.")
         try:
             for module in modules:
-                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+                module._gradient_checkpointing_func = partial(
+                    checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=self.attention.recomputing
+                )
                 module.gradient_checkpointing = module.training = True
             yield
         finally:
@@ -154,6 +160,16 @@ class Model:
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """[B * T, H] after the final norm, for token ids [B, T] under a causal mask."""
         return self.decoder(input_ids=ids, use_cache=False)[0].flatten(0, 1)
+
+    def hidden_of(self, layout: Layout) -> torch.Tensor:
+        """[B * T, H] after the final norm, for the tokens of a layout, each seeing what its text holds before it."""
+        ids = torch.from_numpy(layout.ids.astype(np.int64)).to(self.device)
+        if not isinstance(layout, Packed):
+            return self.hidden(ids)
+        with self.attention.over(layout):
+            # With a mask of ones, transformers does not take the jumps in the positions for borders between texts.
+            positions = torch.from_numpy(layout.positions).to(self.device)
+            return self.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)[0].flatten(0, 1)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -268,10 +284,15 @@ def parameter_count(net: Any) -> int:
     return sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in net.parameters())
 
 
+def has_experts(model: Model) -> bool:
+    """Whether tokens are sent to experts, each a slice of one three-dimensional weight."""
+    return any(p.dim() == 3 and "expert" in name for name, p in model.net.named_parameters())
+
+
 def family_notes(model: Model) -> list[str]:
     """What a user should know about where the adapter sits."""
     notes = []
-    if any(p.dim() == 3 and "expert" in name for name, p in model.net.named_parameters()):
+    if has_experts(model):
         notes.append("adapter: the experts of this mixture-of-experts model carry no adapter; its other linear layers do.")
     if model.net.config._attn_implementation == "eager":
         notes.append(f"attention: transformers has no fused kernel for {type(model.net).__name__}; memory grows with the square of the length.")

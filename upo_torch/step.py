@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from upo import adapters, models
+from upo import adapters
 from upo.backend import ModelInfo, Outcome, Sampling
 from upo.config import RunConfig, ValueConfig
 from upo.data.batch import Batch, with_scored
 from upo.data.forest import Forest, Layout, Tokens, padded
+from upo.data.packed import packed
 from upo.learner import (
     Part,
     Scored,
@@ -31,51 +32,14 @@ from upo.learner import (
     sum_over_ranks,
 )
 from upo.losses.base import LEAVES, Scores
-from upo.targets import policy_adapter, reference_adapters
 from upo_torch import device, generate, value
 from upo_torch.device import TorchComm
 from upo_torch.logps import collisions, token_logps
-from upo_torch.model import Model, family_notes, load_base, parameter_count
+from upo_torch.model import Model
 from upo_torch.ops import ops
 from upo_torch.state import Optimizer, export_arrays, import_arrays, to_numpy
 
 HEAD = "value_head."
-
-
-def load_learner(config: RunConfig) -> TorchLearner:
-    """Model, adapter, reference and optimizer as configured; initialises the ranks. Raises ModelError, ConfigError or BackendError."""
-    comm = TorchComm()
-    device.share_threads(comm.local_size)
-    where = device.choose_device(config.device, comm.local_rank, comm.local_size)
-    dtype, notes = device.choose_dtype(config.dtype, where)
-    comm.start(where)
-    folder = models.resolve(config.model, config.revision)
-    net, repaired = load_base(folder, dtype, where, config.quantize)
-    parameters = parameter_count(net)
-    model = Model(net, where)
-    model.check()
-    started = add_adapters(config, model)
-    info = ModelInfo(
-        name=config.model,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(where),
-        parameters=parameters,
-        trainable=sum(p.numel() for p in model.policy.values()),
-        targets=tuple(sorted({path.rpartition(".")[2] for path in adapters.modules_of(model.policy)})),
-        weights_hash=models.weights_hash(folder),
-        notes=(*notes, *repaired, *family_notes(model), *started),
-    )
-    return TorchLearner(config, comm, model, info, folder)
-
-
-def add_adapters(config: RunConfig, model: Model) -> list[str]:
-    """The adapter to train, and the references; returns notes."""
-    dims = model.dims()
-    start, notes = policy_adapter(config, dims)
-    model.add_policy(start)
-    for reference in reference_adapters(config, dims, start):
-        model.add_reference(reference)
-    return notes
 
 
 class TorchLearner:
@@ -101,16 +65,16 @@ class TorchLearner:
     def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
         """[N] float32 log-probs of completions, or [M] of their tokens, without gradient; under a reference if asked."""
         with nullcontext() if reference is None else self.model.reference(reference):
-            layout = padded(forest)
-            found = self._tokens(layout, self._hidden(layout))
+            layout = self._layout(forest)
+            found = self._tokens(layout, self.model.hidden_of(layout))
             return to_numpy(found if tokens else self._sums(found, layout, len(forest.completions)))
 
     @torch.no_grad()
     def prompt_states(self, forest: Forest, *, reference: int | None = None) -> np.ndarray:
         """[R, H] float32 hidden states at the last prompt tokens, under the policy or a reference."""
-        layout = padded(Forest(forest.prompts, (), np.zeros(0, np.int64)))
+        layout = self._layout(Forest(forest.prompts, (), np.zeros(0, np.int64)))
         with nullcontext() if reference is None else self.model.reference(reference):
-            return to_numpy(self._hidden(layout)[self._indices(layout.value_src)])
+            return to_numpy(self.model.hidden_of(layout)[self._indices(layout.value_src)])
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Outcome:
@@ -120,8 +84,8 @@ class TorchLearner:
 
     def _scores(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What the objective needs of a micro-batch, by name (`upo.data.batch.SCORED`)."""
-        layout, n, m = padded(batch.scored), batch.size("logp"), batch.size("token_logp")
-        hidden = self._hidden(layout)
+        layout, n, m = self._layout(batch.scored), batch.size("logp"), batch.size("token_logp")
+        hidden = self.model.hidden_of(layout)
         tokens, head = self._tokens(layout, hidden), self.model.head
         sums = self._sums(tokens, layout, len(batch.scored.completions))  # the completions, then the anchors
         makers: dict[str, Callable[[], torch.Tensor]] = {
@@ -141,8 +105,8 @@ class TorchLearner:
     def _sums(self, tokens: torch.Tensor, layout: Layout, completions: int) -> torch.Tensor:
         return ops.segment_sum(tokens, self._indices(layout.own), completions)
 
-    def _hidden(self, layout: Layout) -> torch.Tensor:
-        return self.model.hidden(self._indices(layout.ids))
+    def _layout(self, forest: Forest) -> Layout:
+        return packed(forest) if self.info.layout == "packed" else padded(forest)
 
     @torch.no_grad()
     def _score_parts(self, batch: Batch, parts: Sequence[Part]) -> Scored:

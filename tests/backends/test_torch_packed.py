@@ -1,0 +1,366 @@
+"""Prompts shared between completions on PyTorch: exact against padded rows in every family, or refused."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+import tiny_families  # noqa: E402
+
+import upo_torch  # noqa: E402
+from upo.adapters import Adapter, lora_name, write_adapter  # noqa: E402
+from upo.backend import Sampling  # noqa: E402
+from upo.config import load_config  # noqa: E402
+from upo.data.batch import Example, collate  # noqa: E402
+from upo.data.forest import Forest, padded  # noqa: E402
+from upo.data.packed import Tree, packed  # noqa: E402
+from upo_torch import attention  # noqa: E402
+from upo_torch.loading import why_not_shared  # noqa: E402
+from upo_torch.logps import token_logps  # noqa: E402
+from upo_torch.model import Model  # noqa: E402
+
+CPU = torch.device("cpu")
+FAMILIES = {**tiny_families.DENSE, **tiny_families.MIXTURES, **tiny_families.LOST}
+# What lays down what a layer sees, or how it weighs it, sharply enough to matter in texts of 40 tokens.
+VARIANTS = {
+    "mistral": {"sliding_window": 8},
+    "phi3": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "gemma2": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0, "sliding_window": 7},
+    "llama": {"tie_word_embeddings": True},
+    "granite": {"attention_multiplier": 0.7, "logits_scaling": 3.0},
+}
+EXACT = [*(kind for kind in FAMILIES if kind not in ("lfm2", "minimax", "llama4_text", "gpt2")), *(f"{kind}*" for kind in VARIANTS)]
+
+
+def tiny(name: str, rank: int = 4, dtype=torch.float32, **changes) -> Model:
+    """A random model of a family (with a star: its variant) with a random adapter on the linear layers of its attention."""
+    import transformers
+
+    kind = name.rstrip("*")
+    options = {**tiny_families.COMMON, "rope_parameters": tiny_families.ROPE, **FAMILIES[kind].options} if kind in FAMILIES else {}
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[kind](**copy.deepcopy({**options, **(VARIANTS[kind] if name.endswith("*") else {}), **changes}))
+    net = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    model = Model(net.requires_grad_(False), CPU)
+    rng = np.random.default_rng(1)
+    dims = {path: size for path, size in model.dims().items() if "attn" in path or "attention" in path}
+    shapes = {lora_name(path, side): (rank, i) if side == "A" else (o, rank) for path, (i, o) in dims.items() for side in "AB"}
+    arrays = {name: (0.1 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+    if dims:
+        model.add_policy(Adapter(rank, 2.0 * rank, 2.0, tuple(dims), arrays, None, {}))
+    return model
+
+
+def forest(counts: tuple[int, ...] = (2, 1, 4, 0, 3), seed: int = 0, longest: int = 14) -> Forest:
+    """Prompts with so many completions each, the completions of all prompts mixed."""
+    rng = np.random.default_rng(seed)
+    tokens = lambda n: rng.integers(3, 96, n).astype(np.int32)  # noqa: E731
+    owner = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    return Forest(tuple(tokens(rng.integers(2, 30)) for _ in counts), tuple(tokens(rng.integers(1, longest)) for _ in owner), owner)
+
+
+def scored(model: Model, layout) -> torch.Tensor:
+    """[N] log-probs of completions."""
+    hidden, own = model.hidden_of(layout), torch.from_numpy(layout.own)
+    tokens = token_logps(model.head, model.head.width, hidden[torch.from_numpy(layout.src)], torch.from_numpy(layout.tgt))
+    return torch.zeros(int(own.max()) + 1).index_add(0, own, tokens)
+
+
+def gradients(model: Model, layout, recompute: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Log-probs, and the adapter's gradient of a weighted sum of them."""
+    for parameter in model.policy.values():
+        parameter.grad = None
+    with model.recomputing() if recompute else torch.enable_grad():
+        logp = scored(model, layout)
+        (logp * torch.linspace(-1, 2, len(logp))).sum().backward()
+    return logp.detach().numpy(), {name: p.grad.numpy().copy() for name, p in model.policy.items() if p.grad is not None}
+
+
+def apart(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """Largest deviation of any array, relative to its own largest entry."""
+    assert a.keys() == b.keys() and a
+    return max(np.abs(a[k] - b[k]).max() / np.abs(a[k]).max() for k in a if np.abs(a[k]).max() > 1e-7)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_family_is_exact(name):
+    """Float32 rounding of two layers: measured at most 5e-6 nats and 6e-6 of a gradient; the limits are those promised."""
+    model = tiny(name)
+    plain, slope = gradients(model, padded(forest()))
+    shared, shared_slope = gradients(model, packed(forest()))
+    assert np.abs(plain).min() > 0.1
+    np.testing.assert_allclose(shared, plain, atol=1e-4, rtol=0)
+    assert apart(slope, shared_slope) < 1e-4
+    if model.net.supports_gradient_checkpointing:
+        again, again_slope = gradients(model, packed(forest()), recompute=True)
+        np.testing.assert_array_equal(again, shared)
+        assert apart(shared_slope, again_slope) < 1e-6
+    assert why_not_shared(model) is None
+
+
+@pytest.mark.parametrize("counts", [(1,), (2,), (3, 3), (4, 1, 2), (0, 2), (0, 0)])
+def test_any_number_of_completions(counts):
+    model = tiny("gemma3_text")  # a window of 8 in one layer, none in the other
+    for longest in (4, 40):  # completions in one call, and each in one of its own
+        trees = forest(counts, longest=longest)
+        one, other = packed(trees), padded(trees)
+        hidden, plain = model.hidden_of(one), model.hidden_of(other)
+        for a, b in ((one.src, other.src), (one.value_src, other.value_src)):
+            torch.testing.assert_close(hidden[torch.from_numpy(a)], plain[torch.from_numpy(b)], atol=1e-5, rtol=1e-5)
+
+
+def test_variants_differ_from_their_families():
+    """A cap or window that changed nothing would be no test."""
+    for kind in VARIANTS:
+        plain, variant = (scored(tiny(name), padded(forest())).detach().numpy() for name in (kind, f"{kind}*"))
+        assert np.abs(plain - variant).max() > 1e-2, kind
+    sinks = tiny("gpt_oss")
+    before = scored(sinks, packed(forest())).detach().numpy()
+    for layer in sinks.decoder.layers:
+        layer.self_attn.sinks.data += 2
+    assert np.abs(scored(sinks, packed(forest())).detach().numpy() - before).max() > 1e-2
+
+
+# --- What is refused ------------------------------------------------------------------------------------------------------------------
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 32, "mamba_n_groups": 1}
+REFUSED = {
+    "lfm2": ({}, "1 of the 2 layers"),  # convolutions
+    "minimax": ({}, "1 of the 2 layers"),  # linear attention
+    "mamba": ({**SMALL, "state_size": 8}, "does not run on shared prompts|0 of the 2 layers"),
+    "bloom": ({**SMALL, "n_layer": 2, "n_head": 4}, "does not run on shared prompts|0 of the 2 layers"),  # positions as a bias on the scores
+    "falcon_h1": ({**SMALL, **MAMBA, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}, "log-probs"),  # both in each layer
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_family_is_refused(kind):
+    changes, reason = REFUSED[kind]
+    model = tiny(kind, **changes)
+    why = why_not_shared(model)
+    assert re.search(reason, why or ""), why
+
+
+def attended(**arguments):
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
+    plan = attention.plan((Tree(2, (1,)),), lambda q, k: k <= q, None, CPU)
+    return attention.attend(torch.nn.Identity(), q, k, v, arguments.pop("attention_mask", plan), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [({"position_bias": torch.zeros(1)}, "position_bias"), ({"dropout": 0.1}, "dropout"), ({"attention_mask": None}, "a mask of its own|mask of its own")],
+)
+def test_unknown_arguments_are_refused(arguments, reason):
+    assert attended(sliding_window=4, use_cache=False)[0].shape == (1, 3, 4, 8)
+    with pytest.raises(attention.Unshareable, match=reason):
+        attended(**arguments)
+
+
+@pytest.mark.parametrize(("what", "reason"), [("blocks", "log-probs"), ("positions", "log-probs"), ("branches", "does not run")])
+def test_the_check_sees_a_fault(monkeypatch, what, reason):
+    """Completions that see those before them; that go on from one another; a plan that does not fit the tokens."""
+    model = tiny("llama")
+    if what == "blocks":
+        monkeypatch.setattr(attention, "_blocks", lambda tree, *_: [attention.Block(tree.tokens, tuple(range(1 + len(tree.completions))), None)])
+    else:
+        monkeypatch.setattr(Tree, what, lambda tree: np.arange(tree.tokens) * (what == "positions"))
+    assert reason in (why_not_shared(model) or "")
+
+
+def test_the_model_is_as_before(tiny_llama):
+    """After a pass over shared prompts, one that failed too, the model attends as it did."""
+    learner = load(tiny_llama)
+    prompts = [np.arange(5, 25, dtype=np.int32), np.arange(7, 12, dtype=np.int32)]
+    before = learner.generate(prompts, Sampling(max_tokens=8, temperature=0))
+    config = learner.model.net.config
+    assert (learner.info.layout, config._attn_implementation) == ("packed", "sdpa")
+    layout = packed(forest())
+    broken = replace(layout, positions=layout.positions[:, :-1])
+    with pytest.raises(RuntimeError):
+        learner.model.hidden_of(broken)
+    assert config._attn_implementation == "sdpa"
+    again = learner.generate(prompts, Sampling(max_tokens=8, temperature=0))
+    assert [t.tolist() for t in before] == [t.tolist() for t in again]
+
+
+# --- How it is computed ---------------------------------------------------------------------------------------------------------------
+
+
+def test_blocks():
+    """Causal calls where they do, one call for short completions, one each for long ones; a window puts a mask on the prompt."""
+    causal = lambda q, k: k <= q  # noqa: E731
+
+    def blocks(tree: Tree, window: int | None = None) -> list[tuple[int, tuple[int, ...], bool]]:
+        sees = causal if window is None else (lambda q, k: (k <= q) & (k > q - window))
+        ((segments, found),) = attention.plan((tree,), sees, window, CPU).trees
+        assert segments == (tree.prompt, *tree.completions)
+        return [(block.queries, block.keys, block.mask is not None) for block in found]
+
+    assert blocks(Tree(5, ())) == [(5, (0,), False)]
+    assert blocks(Tree(5, (4,))) == [(9, (0, 1), False)]
+    assert blocks(Tree(30, (4, 3))) == [(30, (0,), False), (7, (0, 1, 2), True)]
+    assert blocks(Tree(5, (40, 30))) == [(5, (0,), False), (40, (0, 1), True), (30, (0, 2), True)]
+    assert blocks(Tree(5, (4,)), window=9) == [(9, (0, 1), False)], "the text is within the window"
+    assert blocks(Tree(5, (4,)), window=3) == [(5, (0,), True), (4, (0, 1), True)]
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_segments_of_the_kernel(monkeypatch, window):
+    """The kernel itself needs CUDA; here one that does what its documentation says, on the segments and keys that it is given."""
+
+    def kernel(q, k, v, ends_q, ends_k, most_q, most_k, *, scale, window_size, enable_gqa):
+        assert window_size[1] == 0 and enable_gqa and most_q == int(ends_q.diff().max()) and most_k == int(ends_k.diff().max())
+        out = torch.zeros_like(q)
+        for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+            keys, values = (x[c:d].transpose(0, 1).repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (k, v))
+            scores = scale * q[a:b].transpose(0, 1) @ keys.transpose(1, 2)
+            distance = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)  # last query beside last key
+            seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+            out[a:b] = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+        return out
+
+    trees = packed(forest()).trees
+    sees = (lambda q, k: k <= q) if window is None else (lambda q, k: (k <= q) & (k > q - window))
+    blocks, tokens = attention.plan(trees, sees, window, CPU), sum(tree.tokens for tree in trees)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, tokens, 8), torch.randn(1, 2, tokens, 8), torch.randn(1, 2, tokens, 8)
+    expected, _ = attention.attend(torch.nn.Identity(), q, k, v, blocks, scaling=0.3)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    kind = "causal" if window is None else "window"
+    found = attention._by_kernel(replace(blocks, varlen=attention._varlen(trees, kind, window, CPU)), q, k, v, 0.3)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    assert attention._varlen(trees, "other", window, CPU) is None
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_linear_layers_get_dense_inputs_in_bfloat16(recompute):
+    """A product of strided bfloat16 inputs takes hundreds of times as long on a CPU, in either pass."""
+    model, strided = tiny("llama", dtype=torch.bfloat16), []
+    for path, layer in model.net.named_modules():
+        if path.startswith("model.layers") and (isinstance(layer, torch.nn.Linear) or type(layer).__name__ == "LowRank"):
+            layer.register_forward_pre_hook(lambda _, x, path=path: strided.append(path) if not x[0].is_contiguous() else None)
+            layer.register_full_backward_pre_hook(lambda _, g, path=path: strided.append(f"{path} backward") if not g[0].is_contiguous() else None)
+    gradients(model, packed(forest()), recompute)
+    assert strided == []
+
+
+# --- The learner ----------------------------------------------------------------------------------------------------------------------
+
+UPO = {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "length"}]}}
+
+
+def load(folder, objective: object = None, sharing: str = "auto", **sections):
+    config = {
+        "model": str(folder),
+        "device": "cpu",
+        "data": {"train": "none.jsonl"},
+        "adapter": {"rank": 4, "alpha": 8, **sections.pop("adapter", {})},
+        "objective": objective or {"preference": {"loss": "dpo"}},
+        "optimizer": {"clip": 1e9},
+        "train": {"prefix_sharing": sharing, **sections.pop("train", {})},
+        **sections,
+    }
+    return upo_torch.load(load_config(config))
+
+
+def rows(n: int = 5) -> list[Example]:
+    rng = np.random.default_rng(0)
+    tokens = lambda low, high: rng.integers(3, 384, rng.integers(low, high)).astype(np.int32)  # noqa: E731
+    made = []
+    for i in range(n):
+        two = lambda: (tokens(2, 12), tokens(2, 12))  # noqa: E731
+        reward = tuple(float(r) for r in rng.random(2))
+        made.append(Example(f"t:{i + 1}", "pair", tokens(3, 20), two(), (1, -1), reward=reward, partners=two(), anchor=tokens(2, 9)))
+    return made
+
+
+def moved(learner) -> None:
+    rng = np.random.default_rng(5)
+    state = learner.state()
+    for section in set(state) & {"adapter", "value_head"}:
+        state[section] = {k: (a + 0.1 * rng.standard_normal(a.shape)).astype(np.float32) for k, a in state[section].items()}
+    learner.load_state(state)
+
+
+def one_step(learner, n: int = 5):
+    """What a step finds out and the gradients it uses; the weights stay where they are."""
+    moved(learner)
+    batch = collate(rows(n))
+    score = lambda forest, **how: learner.logps(forest, reference=0, **how)  # noqa: E731
+    batch = replace(
+        batch, ref_logp=score(batch.forest), ref_token_logp=score(batch.forest, tokens=True), partner_ref_logp=score(batch.partners), anchor_ref_logp=score(batch.anchors)
+    )
+    outcome = learner.step(batch, 0.0)
+    grads = {name: p.grad.numpy().copy() for name, p in (*learner.model.policy.items(), *learner.head.items())}
+    return batch, outcome, grads
+
+
+OBJECTIVES = {
+    "dpo": {"preference": {"loss": "dpo"}},
+    "kto": {"preference": {"loss": "kto"}},
+    "upo": UPO,
+    "tokens": {"preference": {"loss": "ld_dpo"}},
+    "anchors": {"preference": {"loss": "bapo"}},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_is_that_of_padded_rows(tiny_llama, name):
+    found = [one_step(load(tiny_llama, OBJECTIVES[name], sharing)) for sharing in ("off", "auto")]
+    (batch, plain, slope), (shared_batch, shared, shared_slope) = found
+    for field in ("ref_logp", "ref_token_logp", "partner_ref_logp", "anchor_ref_logp"):
+        np.testing.assert_allclose(getattr(shared_batch, field), getattr(batch, field), atol=1e-4)
+    np.testing.assert_allclose(shared.logp, plain.logp, atol=1e-4)
+    for key, vector in plain.others.items():
+        np.testing.assert_allclose(shared.others[key], vector, atol=1e-4)
+    assert apart(slope, shared_slope) < 1e-4
+    if name == "upo":
+        np.testing.assert_allclose(shared.value, plain.value, atol=1e-5)
+        assert np.abs(slope["0.weight"]).max() > 1e-6
+
+
+def test_prompt_states_and_references(tiny_llama, tmp_path):
+    start = load(tiny_llama)
+    moved(start)
+    write_adapter(tmp_path / "start", start.state()["adapter"], start.adapter_config())
+    plain, shared = (load(tiny_llama, sharing=how, adapter={"start": str(tmp_path / "start")}, reference="start") for how in ("off", "auto"))
+    assert (plain.info.layout, shared.info.layout, shared.info.notes) == ("padded", "packed", plain.info.notes)
+    trees = forest()
+    for learner in (plain, shared):
+        np.testing.assert_array_equal(learner.logps(trees), learner.logps(trees, reference=0))
+        moved(learner)
+    for how in ({}, {"reference": 0}):
+        np.testing.assert_allclose(shared.logps(trees, **how), plain.logps(trees, **how), atol=1e-4)
+        np.testing.assert_allclose(shared.prompt_states(trees, **how), plain.prompt_states(trees, **how), atol=1e-5)
+    assert np.abs(shared.logps(trees) - shared.logps(trees, reference=0)).min() > 1e-2
+
+
+def test_fewer_tokens_are_computed(tiny_llama):
+    learner, seen = load(tiny_llama, train={"micro_batch_tokens": 10_000}), []
+    learner.model.decoder.embed_tokens.register_forward_pre_hook(lambda _, x: seen.append(x[0].numel()))
+    batch, _, _ = one_step(learner)
+    assert seen[-1] == packed(batch.scored).ids.size < padded(batch.scored).ids.size
+
+
+def test_a_family_that_cannot_share_says_so(tmp_path):
+    tiny_families.write("lfm2", FAMILIES["lfm2"], tmp_path)
+    learner = load(tmp_path)
+    assert learner.info.layout == "padded"
+    (note,) = [note for note in learner.info.notes if "prefix_sharing" in note]
+    assert note == "train.prefix_sharing: each completion is computed with a prompt of its own: 1 of the 2 layers of Lfm2ForCausalLM look at other tokens through attention alone."
+    assert not any("prefix_sharing" in note for note in load(tmp_path, sharing="off").info.notes)
