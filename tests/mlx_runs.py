@@ -58,8 +58,8 @@ def shake(learner, seed: int = 5) -> None:
 
 
 def limit_for(batch: Batch, parts: int) -> int:
-    """A token limit that cuts the batch into so many micro-batches."""
-    return next(n for n in range(8, 4000, 2) if len(micro_batches(batch, n)) == parts)
+    """A token limit that cuts the batch into so many micro-batches of shared prompts."""
+    return next(n for n in range(8, 4000, 2) if len(micro_batches(batch, n, layout="two_phase")) == parts)
 
 
 def gradient(learner, batch: Batch, limit: int = 8192) -> tuple[dict[str, np.ndarray], object]:

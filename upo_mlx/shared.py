@@ -60,7 +60,7 @@ class SharedPrompts:
         h = _flat(model.hidden(mx.array(layout.ids), prompts))
         if not layout.rows.size:
             return h
-        ground = Ground(mx.array(layout.owner), mx.array(layout.offset), layout.ids.shape[1], layout.rows.shape[1], self)
+        ground = Ground(mx.array(layout.offset), mx.array(layout.keys), layout.rows.shape[1], self)
         completions = [CompletionCache(cache.arrays, ground) for cache in prompts]
         return mx.concatenate([h, _flat(model.hidden(mx.array(layout.rows), completions))])
 
@@ -82,24 +82,25 @@ class PromptCache(Carrier):
 class Ground:
     """What the completions of a batch stand on, equal in every layer."""
 
-    owner: Array  # [N] prompt of each completion
-    offset: Array  # [N] tokens of that prompt
-    before: int  # L, the width of the prompts
+    offset: Array  # [N] tokens of the prompt
+    keys: Array  # [N, W] slots that a completion attends to (`TwoPhase.keys`)
     width: int  # T, the width of the completions
     shared: SharedPrompts
 
     def mask(self, window: int | None) -> Array:
-        """[N, 1, T, L + T] bool: a completion's token sees its prompt, without the padding, and itself and what precedes it in its row;
-        of both only the last `window` positions, if given."""
-        keys, own = mx.arange(self.before)[None, None], mx.arange(self.width)
-        seen = mx.broadcast_to(keys < self.offset[:, None, None], (len(self.offset), self.width, self.before))
-        past = own[:, None] - own[None]
-        near = past >= 0
+        """[N, 1, T, W] bool: a token sees itself and what is before it, of that only the last `window` positions, if given."""
+        position = self.offset[:, None] + mx.arange(self.width)[None]
+        past = position[:, :, None] - mx.arange(self.keys.shape[1])[None, None]
+        mask = past >= 0
         if window is not None:
-            seen = seen & ((self.offset[:, None] + own[None])[..., None] - keys < window)
-            near = near & (past < window)
-        mask = mx.concatenate([seen, mx.broadcast_to(near[None], (len(self.offset), *near.shape))], axis=-1)
+            mask = mask & (past < window)
         return mask.reshape(mask.shape[0], *(1,) * (self.shared.axes - 3), *mask.shape[1:])
+
+    def join(self, prompts: Array, completions: Array) -> Array:
+        """[N, heads, W, d]: what each completion attends to, from keys or values of prompts [R, heads, L, d] and of completions [N, heads, T, d]."""
+        heads, size = completions.shape[1], completions.shape[3]
+        slots = mx.concatenate([a.transpose(0, 2, 1, 3).reshape(-1, heads, size) for a in (prompts, completions)])
+        return slots[self.keys].transpose(0, 2, 1, 3)
 
 
 class CompletionCache(Carrier):
@@ -113,8 +114,7 @@ class CompletionCache(Carrier):
         self.arrays, self.ground, self.offset = arrays, ground, ground.offset
 
     def update_and_fetch(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        before = [a[self.ground.owner] for a in self.arrays]
-        return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
+        return self.ground.join(self.arrays[0], keys), self.ground.join(self.arrays[1], values)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Array:
         self.ground.shared.asked.add(window_size)

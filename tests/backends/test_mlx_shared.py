@@ -20,10 +20,11 @@ from upo.data.batch import Example, collate  # noqa: E402
 from upo.data.forest import Forest, padded  # noqa: E402
 from upo.targets import expand_targets, fresh_arrays  # noqa: E402
 from upo_mlx import recompute, shared  # noqa: E402
+from upo_mlx.device import MlxComm  # noqa: E402
 from upo_mlx.logps import token_logps  # noqa: E402
 from upo_mlx.model import LoRA, Model  # noqa: E402
 from upo_mlx.ops import ops  # noqa: E402
-from upo_mlx.selfcheck import choose_rows  # noqa: E402
+from upo_mlx.selfcheck import choose_rows as choose_rows_of_ranks  # noqa: E402
 from upo_mlx.shared import PaddedRows, Rows, SharedPrompts  # noqa: E402
 from upo_mlx.state import import_arrays  # noqa: E402
 
@@ -77,6 +78,10 @@ def build(family: str, **changes: Any) -> tuple[Model, LoRA]:
     model.check()
     shapes = import_arrays(fresh_arrays(model.dims(), paths, 2, 0))
     return model, LoRA({k: mx.array((0.2 * rng.standard_normal(a.shape)).astype(np.float32)) for k, a in shapes.items()}, SCALE)
+
+
+def choose_rows(model: Model, policy: LoRA, train: TrainConfig) -> tuple[Rows, list[str]]:
+    return choose_rows_of_ranks(model, policy, train, MlxComm())
 
 
 def forest(completions: tuple[int, ...] = (1, 2, 3, 4), seed: int = 0) -> Forest:
@@ -255,9 +260,16 @@ def test_a_wrong_position_is_found(monkeypatch):
     assert rows.name == "padded" and "log-probs differ by" in notes[0]
 
 
-def test_a_prompts_padding_that_is_seen_is_found(monkeypatch):
+def test_a_token_that_sees_what_follows_is_found(monkeypatch):
     own = shared.Ground.mask
-    monkeypatch.setattr(shared.Ground, "mask", lambda self, window: own(replace(self, offset=mx.full(self.offset.shape, self.before, dtype=mx.int32)), window))
+    monkeypatch.setattr(shared.Ground, "mask", lambda self, window: own(replace(self, offset=self.offset + 1), window))
+    rows, notes = choose_rows(*build("llama"), TrainConfig())
+    assert rows.name == "padded" and "log-probs differ by" in notes[0]
+
+
+def test_prompts_of_another_completion_are_found(monkeypatch):
+    own = shared.Ground.join
+    monkeypatch.setattr(shared.Ground, "join", lambda self, prompts, completions: own(self, mx.roll(prompts, 1, axis=0), completions))
     rows, notes = choose_rows(*build("llama"), TrainConfig())
     assert rows.name == "padded" and "log-probs differ by" in notes[0]
 
@@ -289,6 +301,19 @@ def test_masks_that_are_not_asked_for(monkeypatch, asks, reason):
     rows, notes = choose_rows(model, policy, long)
     assert rows.name == "padded" and reason in notes[0]
     assert choose_rows(model, policy, short)[0].name == ("two_phase" if asks else "padded")
+
+
+def test_ranks_agree():
+    """One rank that cannot share makes all of them fall back."""
+
+    class Two:
+        rank, size = 0, 2
+
+        def all_sum(self, array):
+            return array + 1
+
+    rows, notes = choose_rows_of_ranks(*build("llama"), TrainConfig(), Two())
+    assert rows.name == "padded" and "another rank" in notes[0]
 
 
 def test_a_model_without_a_note_runs_in_two_phases(tiny_llama):

@@ -73,9 +73,14 @@ def test_rows_offsets_and_value_places(seed):
     assert layout.ids.shape[1] == max(map(len, forest.prompts))
     for i, completion in enumerate(forest.completions):
         assert layout.rows[i].tolist() == completion[:-1].tolist() + [99] * (layout.rows.shape[1] - len(completion) + 1)
-        assert layout.owner[i] == forest.owner[i] and layout.offset[i] == len(forest.prompts[forest.owner[i]])
+        prompt = forest.prompts[forest.owner[i]]
+        assert layout.offset[i] == len(prompt)
+        slots = np.concatenate([layout.ids.ravel(), layout.rows.ravel()])
+        alone = [*prompt.tolist(), *completion[:-1].tolist()]
+        assert slots[layout.keys[i]].tolist()[: len(alone)] == alone and not layout.keys[i, len(alone) :].any()
+        assert layout.src[layout.own == i].tolist() == layout.keys[i, len(prompt) - 1 : len(alone)].tolist()
     assert {a.dtype for a in (layout.src, layout.tgt, layout.own, layout.value_src)} == {np.dtype(np.int64)}
-    assert {a.dtype for a in (layout.ids, layout.rows, layout.owner, layout.offset)} == {np.dtype(np.int32)}
+    assert {a.dtype for a in (layout.ids, layout.rows, layout.offset, layout.keys)} == {np.dtype(np.int32)}
 
 
 @pytest.mark.parametrize("seed", range(20))
