@@ -16,7 +16,7 @@ name = "mlx"
 def load(config: RunConfig) -> Learner:
     """Model, adapter, reference and optimizer as configured; initialises the ranks."""
     _need("mlx.core", "mlx_lm")
-    from upo_mlx.step import load_learner
+    from upo_mlx.loading import load_learner
 
     return load_learner(config)
 

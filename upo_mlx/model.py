@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mlx.utils import tree_map, tree_map_with_path
+from mlx.utils import tree_map_with_path
 
 from upo.adapters import Adapter, lora_name
 from upo.errors import ModelError
@@ -17,6 +17,7 @@ from upo.models import model_config
 from upo.repair import for_mlx
 from upo_mlx.device import mx, nn
 from upo_mlx.family import check_rope, window_notes
+from upo_mlx.recompute import Recomputed, lend
 from upo_mlx.state import import_arrays
 
 Array = mx.array
@@ -112,19 +113,22 @@ class Model:
         before = [(layer, layer.lora_a, layer.lora_b, layer.scale) for layer in self.loras.values()]
         try:
             for path, layer in self.loras.items():
-                _lend(layer, adapter.arrays.get(lora_name(path, "A")), adapter.arrays.get(lora_name(path, "B")), adapter.scale)
+                lend(layer, adapter.arrays.get(lora_name(path, "A")), adapter.arrays.get(lora_name(path, "B")), adapter.scale)
             yield
         finally:
             for state in before:
-                _lend(*state)
+                lend(*state)
 
     @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """Gradient checkpointing inside the block: each decoder layer keeps its input and is run again in the backward pass."""
+    def recomputing(self, on: bool = True) -> Iterator[None]:
+        """Gradient checkpointing inside the block, if `on`: each decoder layer keeps its input and is run again in the backward pass."""
+        if not on:
+            yield
+            return
         layers = self.inner[self._list_name]
         owned = [[lora for path, lora in self.loras.items() if path.startswith(f"{layer}.")] for layer in self.layer_paths]
         try:
-            self.inner[self._list_name] = [_Recomputed(layer, loras) for layer, loras in zip(layers, owned, strict=True)]
+            self.inner[self._list_name] = [Recomputed(layer, loras) for layer, loras in zip(layers, owned, strict=True)]
             yield
         finally:
             self.inner[self._list_name] = layers
@@ -169,47 +173,6 @@ class _Given:
 
     def __call__(self, hidden: Array, *args: Any, **kwargs: Any) -> Array:
         return hidden
-
-
-class _Recomputed:
-    """Stands for a decoder layer under gradient checkpointing.
-
-    `mx.checkpoint` gives captured arrays no gradient, so everything that may need one is an argument: the LoRA matrices and every float
-    array the decoder hands to the layer.
-    """
-
-    def __init__(self, layer: nn.Module, loras: Sequence[LoRALinear]) -> None:
-        self._layer, self._loras = layer, loras
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Any:
-        floats: list[Array] = []
-        tree_map(lambda v: floats.append(v) if _is_float(v) else None, (args, kwargs))
-        scales = [lora.scale for lora in self._loras]
-
-        def call(matrices: list[tuple[Any, Any]], x: Array, floats: list[Array]) -> Any:
-            before = [(lora, lora.lora_a, lora.lora_b, lora.scale) for lora in self._loras]
-            given = iter(floats)
-            own_args, own_kwargs = tree_map(lambda v: next(given) if _is_float(v) else v, (args, kwargs))
-            try:
-                for lora, (a, b), scale in zip(self._loras, matrices, scales, strict=True):
-                    _lend(lora, a, b, scale)
-                return self._layer(x, *own_args, **own_kwargs)
-            finally:
-                for state in before:
-                    _lend(*state)
-
-        return mx.checkpoint(call)([(lora.lora_a, lora.lora_b) for lora in self._loras], x, floats)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
-
-
-def _lend(layer: LoRALinear, a: Array | None, b: Array | None, scale: float) -> None:
-    layer.lora_a, layer.lora_b, layer.scale = a, b, scale
 
 
 def _at_path(module: Any, path: str) -> Any:

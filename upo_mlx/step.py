@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upo import adapters, models
+from upo import adapters
 from upo.backend import Comm, ModelInfo, Outcome, Sampling
 from upo.config import RunConfig, ValueConfig
 from upo.data.batch import Batch, with_scored
-from upo.data.forest import Forest, Layout, Tokens, padded
-from upo.errors import BackendError
+from upo.data.forest import Forest, Layout, Tokens
 from upo.learner import (
     Part,
     Scored,
@@ -32,12 +30,12 @@ from upo.learner import (
     sum_over_ranks,
 )
 from upo.losses.base import LEAVES, Scores
-from upo.targets import policy_adapter, reference_adapters
 from upo_mlx import device, generate, value
 from upo_mlx.device import MlxComm, mx, to_numpy
 from upo_mlx.logps import collisions, token_logps, token_logps_only
-from upo_mlx.model import BASE, LoRA, Model, family_notes, load_base, lora_from
+from upo_mlx.model import LoRA, Model
 from upo_mlx.ops import ops
+from upo_mlx.shared import Rows
 from upo_mlx.state import Optimizer, clip, export_arrays, import_arrays
 
 Array = mx.array
@@ -46,58 +44,13 @@ TokenLogps = Callable[[Any, Array, Array], Array]
 HEAD = "value_head."
 
 
-def load_learner(config: RunConfig) -> MlxLearner:
-    """Model, adapter, reference and optimizer as configured; initialises the ranks. Raises ModelError, ConfigError or BackendError."""
-    if config.quantize != "none":
-        raise BackendError(f"quantize: {config.quantize} needs bitsandbytes on CUDA (--backend torch). For MLX give a model folder quantised by mlx-lm.")
-    where = device.choose_device(config.device)
-    dtype, notes = device.choose_dtype(config.dtype, where)
-    comm = MlxComm()
-    device.share_threads(comm.size)
-    folder = models.resolve(config.model, config.revision)
-    net, repaired = load_base(folder, dtype, config.train.max_length)
-    model = Model(net)
-    dims = model.dims()
-    start, started = policy_adapter(config, dims)
-    references = reference_adapters(config, dims, start)
-    for adapter in (start, *references):
-        model.add_loras(adapter.targets if adapter else ())
-    policy = lora_from(start)
-    model.check()
-    info = ModelInfo(
-        name=config.model,
-        dtype=str(dtype).rpartition(".")[2],
-        device=where,
-        parameters=parameter_count(net),
-        trainable=sum(a.size for a in policy.arrays.values()),
-        targets=tuple(sorted({path.rpartition(".")[2] for path in start.targets})),
-        weights_hash=models.weights_hash(folder),
-        notes=(*notes, *device.blas_notes(where), *repaired, *family_notes(model), *started),
-    )
-    return MlxLearner(config, comm, model, policy, [lora_from(r) if r else BASE for r in references], info, folder)
-
-
-def parameter_count(net: Any) -> int:
-    """Weights of the network before adapters, packed quantised ones counted singly."""
-    from mlx_lm.utils import get_total_parameters
-
-    loras = sum(a.size for name, a in _flat(net) if name.endswith(("lora_a", "lora_b")))
-    return int(get_total_parameters(net)) - loras
-
-
-def _flat(net: Any) -> Sequence[tuple[str, Array]]:
-    from mlx.utils import tree_flatten
-
-    return tree_flatten(net.parameters())
-
-
 class MlxLearner:
     """`upo.backend.Learner` on MLX."""
 
     def __init__(
-        self, config: RunConfig, comm: MlxComm, model: Model, policy: LoRA, references: Sequence[LoRA], info: ModelInfo, folder: Path
+        self, config: RunConfig, comm: MlxComm, model: Model, rows: Rows, policy: LoRA, references: Sequence[LoRA], info: ModelInfo, folder: Path
     ) -> None:
-        self.config, self.model, self.info, self.folder = config, model, info, folder
+        self.config, self.model, self.rows, self.info, self.folder = config, model, rows, info, folder
         self.comm: Comm = comm
         self.policy, self.references = policy, references
         self.objective = config.objective.build()
@@ -117,15 +70,15 @@ class MlxLearner:
     def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
         """[N] float32 log-probs of completions, or [M] of their tokens, without gradient; under a reference if asked."""
         with self.model.using(self.policy if reference is None else self.references[reference]):
-            layout = padded(forest)
-            found = self._tokens(layout, self._hidden(layout), token_logps_only)
+            layout = self.rows.lay(forest)
+            found = self._tokens(layout, self.rows.hidden(self.model, layout), token_logps_only)
             return np.array(found if tokens else self._sums(found, layout, len(forest.completions)))
 
     def prompt_states(self, forest: Forest, *, reference: int | None = None) -> np.ndarray:
         """[R, H] float32 hidden states at the last prompt tokens, under the policy or a reference."""
-        layout = padded(Forest(forest.prompts, (), np.zeros(0, np.int64)))
+        layout = self.rows.lay(Forest(forest.prompts, (), np.zeros(0, np.int64)))
         with self.model.using(self.policy if reference is None else self.references[reference]):
-            return to_numpy(self._hidden(layout)[mx.array(layout.value_src)])
+            return to_numpy(self.rows.hidden(self.model, layout)[mx.array(layout.value_src)])
 
     def score(self, batch: Batch) -> Outcome:
         """What the objective needs of a batch under the policy, shared between the ranks (every rank must call it)."""
@@ -134,8 +87,8 @@ class MlxLearner:
 
     def _scores(self, batch: Batch, head: Arrays, score: TokenLogps) -> Arrays:
         """What the objective needs of a micro-batch, by name (`upo.data.batch.SCORED`)."""
-        layout, n, m = padded(batch.scored), batch.size("logp"), batch.size("token_logp")
-        hidden = self._hidden(layout)
+        layout, n, m = self.rows.lay(batch.scored), batch.size("logp"), batch.size("token_logp")
+        hidden = self.rows.hidden(self.model, layout)
         tokens = self._tokens(layout, hidden, score)
         sums = self._sums(tokens, layout, len(batch.scored.completions))  # the completions, then the anchors
         makers: dict[str, Callable[[], Array]] = {
@@ -153,10 +106,6 @@ class MlxLearner:
 
     def _sums(self, tokens: Array, layout: Layout, completions: int) -> Array:
         return ops.segment_sum(tokens, mx.array(layout.own), completions)
-
-    def _hidden(self, layout: Layout) -> Array:
-        hidden = self.model.hidden(mx.array(layout.ids))
-        return hidden.reshape(-1, hidden.shape[-1])
 
     def _score_parts(self, batch: Batch, parts: Sequence[Part]) -> Scored:
         """Whole-step scores, without gradient."""
@@ -214,7 +163,7 @@ class MlxLearner:
         def loss(params: Arrays) -> tuple[Array, Arrays]:
             adapter = LoRA({name: params[name] for name in self.policy.arrays}, self.policy.scale)
             head = {name: params[HEAD + name] for name in self.head}
-            with self.model.using(adapter), self._checkpointing():
+            with self.model.using(adapter), self.model.recomputing(self.config.train.gradient_checkpointing):
                 found = self._scores(part.batch, head, token_logps)
             if weights is not None:
                 shares = [mx.sum(mx.array(w[part.places.of(name)]) * found[name]) for name, w in weights.items()]
@@ -238,9 +187,6 @@ class MlxLearner:
 
         grads = mx.grad(loss)({name: mx.array(vector) for name, vector in whole.items() if name in LEAVES})
         return {name: np.array(g) for name, g in grads.items()}, running
-
-    def _checkpointing(self) -> AbstractContextManager[None]:
-        return self.model.recomputing() if self.config.train.gradient_checkpointing else nullcontext()
 
     def _head_params(self) -> Arrays:
         return {HEAD + name: array for name, array in self.head.items()}

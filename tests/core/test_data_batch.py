@@ -7,6 +7,7 @@ import pytest
 
 from upo.data.batch import Example, collate, micro_batches
 from upo.data.forest import padded
+from upo.data.two_phase import two_phase
 
 
 def tokens(n: int, value: int = 1) -> np.ndarray:
@@ -78,10 +79,11 @@ def test_scores_spread_values_over_completions():
 
 def slots_of(forest, layout):
     """Counted from the forest itself."""
-    prompts, completions = [len(p) for p in forest.prompts], [len(c) for c in forest.completions]
     if layout == "padded":
         return padded(forest).ids.size
-    return sum(prompts) + sum(completions) if layout == "packed" else len(prompts) * max(prompts) + len(completions) * max(completions)
+    if layout == "two_phase":
+        return (laid := two_phase(forest)).ids.size + laid.rows.size
+    return sum(map(len, forest.prompts)) + sum(map(len, forest.completions))
 
 
 @pytest.mark.parametrize("seed", range(20))

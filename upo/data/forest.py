@@ -93,9 +93,9 @@ def packed_size(lengths: Sequence[tuple[int, Sequence[int]]]) -> int:
 
 
 def two_phase_size(lengths: Sequence[tuple[int, Sequence[int]]]) -> int:
-    """Token slots where the prompts are one padded batch and the completions another."""
+    """Token slots where the prompts are one padded batch and the completions, each without its last token, another."""
     completions = [c for _, cs in lengths for c in cs]
-    return len(lengths) * max(p for p, _ in lengths) + len(completions) * max(completions, default=0)
+    return len(lengths) * max(p for p, _ in lengths) + len(completions) * (max(completions, default=1) - 1)
 
 
 SIZES = {"padded": padded_size, "packed": packed_size, "two_phase": two_phase_size}
