@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 def configure(model: Path, place: Path, backend: str, optimizer: str = "adamw") -> dict:
-    """UPO with KTO's partners, value head and cosine schedule; evaluations and checkpoints every second step, two micro-batches a step."""
+    """UPO with KTO's partners, value head and cosine schedule; evaluations and checkpoints every second step, a micro-batch for each row."""
     return {
         "model": str(model),
         "backend": backend,
@@ -56,7 +56,7 @@ def configure(model: Path, place: Path, backend: str, optimizer: str = "adamw") 
         "objective": {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "length", "low": 3, "high": 9}], "value": {"fit_steps": 5}}},
         "optimizer": {**OPTIMIZERS[optimizer], "schedule": "cosine", "warmup_steps": 2},
         "train": {
-            "steps": STEPS, "batch_size": 4, "micro_batch_tokens": 100, "eval_every": 2, "save_every": 2, "keep_checkpoints": 1, "keep_best": "margin",
+            "steps": STEPS, "batch_size": 4, "micro_batch_tokens": 20, "eval_every": 2, "save_every": 2, "keep_checkpoints": 1, "keep_best": "margin",
         },
     }  # fmt: skip
 
