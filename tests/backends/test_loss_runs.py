@@ -32,9 +32,6 @@ OPTIONS: dict[str, dict[str, Any]] = {"sppo": {"targets": "column"}, "simpo": {"
 # Those that between them ask for everything a backend can be asked for: tokens, several references, a statistic of the vocabulary,
 # anchors, prompt embeddings, running statistics, values per prompt and per token, groups, quantiles, partners.
 QUICK = ("ld_dpo", "mrpo", "wpo", "bapo", "relative_po", "alpha_dpo", "bco", "a_lol", "offline_ppo", "exo_reward", "qrpo", "kto", "aot")
-# At the start policy and reference are equal, and these have a kink there: with the last bit of a log-prob, which moves with the layout of
-# rows, their first gradient turns into another one.
-KINKED = ("bapo", "dpop", "minor_dpo")
 
 
 def make_rows(count: int, vocab: int, seed: int = 0) -> list[Example]:
@@ -74,7 +71,7 @@ def configure(model: Path, backend: str, name: str, other: Path, lr: float) -> A
             "objective": objective,
             "reference": ["base", str(other)] if "references" in loss.needs else "base",
             "optimizer": {"name": "adamw", "lr": lr, "schedule": "constant", "warmup_steps": 0},
-            "train": {"steps": STEPS, "batch_size": ROWS, "micro_batch_tokens": 96, "save_every": 0, "prefix_sharing": "off" if name in KINKED else "auto"},
+            "train": {"steps": STEPS, "batch_size": ROWS, "micro_batch_tokens": 96, "save_every": 0},
         }
     )
 
