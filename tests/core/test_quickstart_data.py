@@ -43,7 +43,7 @@ def test_counts_and_prompts_of_the_pairs() -> None:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_label_follows_its_rule_and_says_nothing_about_readability(split: str) -> None:
     found = pairs(split)
-    assert all(opens_with_article(p.rejected) and not opens_with_article(p.chosen) for p in found)
+    assert all(opens_with_article(p.chosen) and not opens_with_article(p.rejected) for p in found)
     sides = [[t for p in found for t in (p.chosen, p.rejected)]][0]
     reward = np.array(Readability()([""] * len(sides), sides))
     label = np.tile([1.0, -1.0], len(found))
@@ -98,11 +98,11 @@ def test_articles() -> None:
     assert not any(map(opens_with_article, ["Then the sky.", "Apples", "", "1. The first"]))
 
 
-def test_pairs_are_disjoint_and_the_rejected_answer_opens_with_an_article() -> None:
+def test_pairs_are_disjoint_and_the_chosen_answer_opens_with_an_article() -> None:
     texts = ["The sky.", "Sky.", "A sky.", "Blue.", "An eye."]
     found = choose_pairs([("q", texts), ("no article", ["Sky.", "Blue."])], 3, len)
     assert len(found) == 2 and {p.prompt for p in found} == {"q"}  # two answers without an article: two pairs
-    assert all(opens_with_article(p.rejected) and not opens_with_article(p.chosen) for p in found)
+    assert all(opens_with_article(p.chosen) and not opens_with_article(p.rejected) for p in found)
     used = [t for p in found for t in (p.chosen, p.rejected)]
     assert len(set(used)) == 4
     assert len(choose_pairs([("q", texts)], 1, len)) == 1
@@ -111,8 +111,8 @@ def test_pairs_are_disjoint_and_the_rejected_answer_opens_with_an_article() -> N
 def test_selection_keeps_the_goal_balanced_over_prompts() -> None:
     goal = lambda text: float("good" in text)  # noqa: E731
     either = ("b", ["The good.", "The bad.", "It is good.", "It is bad."])  # as wide either way: balance + 1 or - 1
-    assert choose_pairs([("a", ["The good.", "It is bad."]), either], 1, goal)[1] == Pair("b", "It is good.", "The bad.")
-    assert choose_pairs([("a", ["The bad.", "It is good."]), either], 1, goal)[1] == Pair("b", "It is bad.", "The good.")
+    assert choose_pairs([("a", ["The good.", "It is bad."]), either], 1, goal)[1] == Pair("b", "The bad.", "It is good.")
+    assert choose_pairs([("a", ["The bad.", "It is good."]), either], 1, goal)[1] == Pair("b", "The good.", "It is bad.")
 
 
 def test_selection_is_wide_but_as_good_as_the_answers_are() -> None:

@@ -16,7 +16,7 @@ _NO_END = re.compile(r"(?:^|[\s(\"“])(?:\d{1,2}|Mr|Mrs|Ms|Dr|St|vs|etc|e\.g|i\
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt; the rejected one opens with an article, the chosen one does not."""
+    """Two answers to one prompt; the chosen one opens with an article."""
 
     prompt: str
     chosen: str
@@ -41,7 +41,7 @@ def opens_with_article(text: str) -> bool:
 
 
 def choose_pairs(answers: Sequence[tuple[str, Sequence[str]]], most: int, goal: Callable[[str], float]) -> list[Pair]:
-    """Up to `most` disjoint pairs for each (prompt, distinct answers): the rejected answer opens with an article, the chosen one does not.
+    """Up to `most` disjoint pairs for each (prompt, distinct answers): the chosen answer opens with an article, the rejected one does not.
 
     For each prompt in turn the selection of pairs is taken that differs most in the goal, less half of two sums that are to stay near
     zero over all prompts: goal(chosen) - goal(rejected), so that the label tells nothing about the goal; and the goal of the taken
@@ -53,7 +53,7 @@ def choose_pairs(answers: Sequence[tuple[str, Sequence[str]]], most: int, goal: 
     for prompt, texts in answers:
         worth = [goal(text) for text in texts]
         mean = sum(worth) / max(len(worth), 1)
-        sides = [[i for i, text in enumerate(texts) if opens_with_article(text) is side] for side in (False, True)]
+        sides = [[i for i, text in enumerate(texts) if opens_with_article(text) is side] for side in (True, False)]
         count = min(most, *map(len, sides))
         found = []
         for chosen, rejected in itertools.product(*(itertools.combinations(side, count) for side in sides)):
