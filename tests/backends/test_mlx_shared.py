@@ -12,8 +12,9 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
+from learner_runs import UPO, examples, shake, with_reference  # noqa: E402
 from mlx.utils import tree_map  # noqa: E402
-from mlx_runs import UPO, examples, gradient, make_learner, shake, with_reference  # noqa: E402
+from mlx_runs import gradient, make_learner  # noqa: E402
 
 from upo.config import TrainConfig  # noqa: E402
 from upo.data.batch import Example, collate  # noqa: E402

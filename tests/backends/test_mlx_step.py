@@ -14,7 +14,8 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
-from mlx_runs import UPO, difference, examples, gradient, limit_for, make_learner, shake, with_reference  # noqa: E402
+from learner_runs import UPO, difference, examples, limit_for, shake, with_reference  # noqa: E402
+from mlx_runs import gradient, make_learner  # noqa: E402
 
 from upo.data.batch import collate  # noqa: E402
 from upo.errors import ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
@@ -53,7 +54,7 @@ def test_micro_batches_do_not_change_the_gradient(tiny_llama, name):
     whole, one = gradient(learner, batch)
     assert max(np.abs(g).max() for g in whole.values()) > 1e-3
     for parts in (3, 8):
-        split, outcome = gradient(learner, batch, limit_for(batch, parts))
+        split, outcome = gradient(learner, batch, limit_for(batch, parts, "two_phase"))
         assert difference(whole, split) < 5e-6, parts  # float32 sums in another order
         np.testing.assert_allclose(outcome.logp, one.logp, rtol=2e-6)
         for field in ("value", "partner_logp"):
@@ -69,7 +70,7 @@ def test_two_passes_equal_one_where_both_apply(tiny_llama):
     learner = make_learner(tiny_llama, UPO)
     shake(learner)
     batch = with_reference(learner, examples())
-    limit = limit_for(batch, 3)
+    limit = limit_for(batch, 3, "two_phase")
     one, _ = gradient(learner, batch, limit)
 
     @dataclass(frozen=True)
@@ -128,9 +129,9 @@ def test_recomputation_gives_the_same_gradient_and_leaves_no_trace(tiny_llama):
     shake(learner)
     batch = with_reference(learner, examples())
     layers, kind = list(learner.model.net.layers), type(learner.model.net.layers[0]).__call__
-    plain, one = gradient(learner, batch, limit_for(batch, 3))
+    plain, one = gradient(learner, batch, limit_for(batch, 3, "two_phase"))
     learner.config = learner.config.model_copy(update={"train": learner.config.train.model_copy(update={"gradient_checkpointing": True})})
-    again, two = gradient(learner, batch, limit_for(batch, 3))
+    again, two = gradient(learner, batch, limit_for(batch, 3, "two_phase"))
     assert difference(plain, again) < 1e-6
     np.testing.assert_array_equal(one.logp, two.logp)
     assert list(learner.model.net.layers) == layers and type(layers[0]).__call__ is kind

@@ -15,65 +15,19 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+from learner_runs import UPO, configure, difference, examples, limit_for, shake, with_reference  # noqa: E402
+
 import upo_torch  # noqa: E402
 from upo.adapters import write_adapter  # noqa: E402
-from upo.config import load_config  # noqa: E402
-from upo.data.batch import Batch, Example, collate, micro_batches  # noqa: E402
+from upo.data.batch import Batch, collate  # noqa: E402
 from upo.errors import ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
 from upo.losses import Objective, Term  # noqa: E402
 from upo.losses.base import Loss, Scores  # noqa: E402
 from upo.numpy_ops import ops as numpy_ops  # noqa: E402
 
-VOCAB = 384
-UPO = {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "length"}]}}
-
 
 def make_learner(folder: Path, objective: object = "dpo", **sections: dict):
-    config = {
-        "model": str(folder),
-        "device": "cpu",
-        "data": {"train": "none.jsonl"},
-        "adapter": {"rank": 4, "alpha": 8, **sections.pop("adapter", {})},
-        "objective": objective if isinstance(objective, dict) else {"preference": {"loss": objective}},
-        "optimizer": {"clip": 1e9, **sections.pop("optimizer", {})},
-        **sections,
-    }
-    return upo_torch.load(load_config(config))
-
-
-def examples(n: int = 8, seed: int = 0) -> list[Example]:
-    rng = np.random.default_rng(seed)
-
-    def tokens(low: int, high: int) -> np.ndarray:
-        return rng.integers(3, VOCAB, rng.integers(low, high)).astype(np.int32)
-
-    rows = []
-    for i in range(n):
-        pair, partners = (tokens(2, 12), tokens(2, 12)), (tokens(2, 12), tokens(2, 12))
-        reward = tuple(float(r) for r in rng.random(2))
-        rows.append(Example(f"t:{i + 1}", "pair", tokens(3, 10), pair, (1, -1), reward=reward, partners=partners))
-    return rows
-
-
-def with_reference(learner, rows: list[Example]) -> Batch:
-    batch = collate(rows)
-    partners = batch.partners
-    return replace(batch, ref_logp=learner.logps(batch.forest, reference=0), partner_ref_logp=learner.logps(partners, reference=0))
-
-
-def shake(learner, seed: int = 5) -> None:
-    """Leave the point where the policy equals its reference."""
-    rng = np.random.default_rng(seed)
-    state = learner.state()
-    state["adapter"] = {k: (a + 0.1 * rng.standard_normal(a.shape)).astype(np.float32) for k, a in state["adapter"].items()}
-    if "value_head" in state:
-        state["value_head"] = {k: (a + 0.1 * rng.standard_normal(a.shape)).astype(np.float32) for k, a in state["value_head"].items()}
-    learner.load_state(state)
-
-
-def limit_for(batch: Batch, parts: int) -> int:
-    """A token limit that cuts the batch into so many micro-batches of shared prompts."""
-    return next(n for n in range(8, 4000, 2) if len(micro_batches(batch, n, layout="packed")) == parts)
+    return upo_torch.load(configure(folder, objective, device="cpu", **sections))
 
 
 def gradient(learner, batch: Batch, limit: int = 8192) -> tuple[dict[str, np.ndarray], object]:
@@ -95,12 +49,6 @@ def gradient(learner, batch: Batch, limit: int = 8192) -> tuple[dict[str, np.nda
     finally:
         learner.config, learner.optimizer, learner.head_optimizer = own
     return grads, outcome
-
-
-def difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
-    """Largest deviation relative to the largest entry of any array."""
-    assert a.keys() == b.keys() and a
-    return max(np.abs(a[k] - b[k]).max() for k in a) / max(np.abs(x).max() for x in a.values())
 
 
 @dataclass(frozen=True)
@@ -134,7 +82,7 @@ def test_micro_batches_do_not_change_the_gradient(tiny_llama, name):
     whole, one = gradient(learner, batch)
     assert max(np.abs(g).max() for g in whole.values()) > 1e-3
     for parts in (3, 8):
-        split, outcome = gradient(learner, batch, limit_for(batch, parts))
+        split, outcome = gradient(learner, batch, limit_for(batch, parts, "packed"))
         # float32 sums in another order; a coupled loss hands the rounding of the log-probs on to the coefficients
         assert difference(whole, split) < (5e-6 if name == "coupled" else 2e-6), parts
         np.testing.assert_allclose(outcome.logp, one.logp, rtol=2e-6)
@@ -153,7 +101,7 @@ def test_two_passes_equal_one_where_both_apply(tiny_llama):
     learner = make_learner(tiny_llama, UPO)
     shake(learner)
     batch = with_reference(learner, examples())
-    limit = limit_for(batch, 3)
+    limit = limit_for(batch, 3, "packed")
     one, _ = gradient(learner, batch, limit)
 
     @dataclass(frozen=True)
@@ -205,10 +153,10 @@ def test_recomputation_gives_the_same_gradient(tiny_llama):
     batch = with_reference(learner, examples())
     calls: list[int] = []
     learner.model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    plain, one = gradient(learner, batch, limit_for(batch, 3))
+    plain, one = gradient(learner, batch, limit_for(batch, 3, "packed"))
     before = len(calls)
     learner.config = learner.config.model_copy(update={"train": learner.config.train.model_copy(update={"gradient_checkpointing": True})})
-    again, two = gradient(learner, batch, limit_for(batch, 3))
+    again, two = gradient(learner, batch, limit_for(batch, 3, "packed"))
     assert len(calls) - before == before + 3  # once more for each of the three micro-batches
     assert difference(plain, again) < 1e-6
     np.testing.assert_array_equal(one.logp, two.logp)

@@ -23,6 +23,7 @@ from upo.config import load_config
 from upo.errors import BackendError, ConfigError, DataError, ModelError, NonFiniteError, RunError
 from upo.train.checkpoint import seal
 from upo.train.metrics import NAMES
+from upo.train.prepare import prepare
 from upo.train.reporter import Silent
 from upo.train.session import Session
 
@@ -582,3 +583,11 @@ def test_the_configuration_on_disk_is_readable(tmp_path):
     session(configure(UPO), tmp_path / "run").run()
     text = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert text["objective"]["auxiliary"]["gamma"] == 3.0 and text["train"]["batch_size"] == 4
+
+
+def test_anchors_are_kept_only_for_a_loss_that_uses_them():
+    """Whatever a row brings in vain would be scored by the reference and, with a gradient, by the policy."""
+    rows = [replace(row, anchor=np.array([3, 4], np.int32)) for row in pairs(4)]
+    for loss, kept in (("dpo", 0), ("bapo", 4)):
+        prepared = prepare(configure({"preference": {"loss": loss}}), allow_code=False, reporter=Silent(), data=Rows(rows, rows))
+        assert sum(e.anchor is not None for e in prepared.train) == sum(e.anchor is not None for e in prepared.eval) == kept

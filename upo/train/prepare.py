@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def prepare(config: RunConfig, *, allow_code: bool, reporter: Reporter, data: An
     total = total_steps(config.train, len(splits["data.train"]))
     check_length(config, objective, total, reporter)
     for name, examples in splits.items():
+        if "anchors" not in objective.needs:  # what a row brings in vain would be scored all the same
+            splits[name] = examples = [e if e.anchor is None else replace(e, anchor=None) for e in examples]
         if examples and "partners" in objective.needs:
             splits[name] = assign_partners(examples, config.train.seed, config.train.max_length)
         if examples and goals and score:
