@@ -76,6 +76,12 @@ class Learner(Protocol):
     info: ModelInfo
     comm: Comm
 
+    def check_sharing(self, row: Forest) -> None:
+        """Score a row of the data, with its gradient, with a shared prompt and without; where the two differ by more than rounding, go on
+        with padded rows, which `info` then says with a note (`upo.sharing`). Before anything else is scored; collective.
+        """
+        ...
+
     def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
         """[N] float32 summed log-probs of the completions, or with `tokens` [M] one for each of their tokens; without gradient.
 

@@ -37,7 +37,7 @@ def load_learner(config: RunConfig) -> MlxLearner:
         model.add_loras(adapter.targets if adapter else ())
     policy = lora_from(start)
     model.check()
-    rows, fallen_back = choose_rows(model, policy, config.train, comm)
+    rows, fallen_back = choose_rows(model, policy, config.train, str(dtype).rpartition(".")[2], comm)
     info = ModelInfo(
         name=config.model,
         dtype=str(dtype).rpartition(".")[2],

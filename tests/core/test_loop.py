@@ -591,3 +591,20 @@ def test_anchors_are_kept_only_for_a_loss_that_uses_them():
     for loss, kept in (("dpo", 0), ("bapo", 4)):
         prepared = prepare(configure({"preference": {"loss": loss}}), allow_code=False, reporter=Silent(), data=Rows(rows, rows))
         assert sum(e.anchor is not None for e in prepared.train) == sum(e.anchor is not None for e in prepared.eval) == kept
+
+
+def test_the_layout_is_settled_before_the_reference(tmp_path):
+    """The learner is given the longest prompt; what it falls back to is said, and is the layout in which the reference is scored."""
+
+    class Falls(FakeLearner):
+        def check_sharing(self, row):
+            super().check_sharing(row)
+            self.info = replace(self.info, layout="padded", notes=(*self.info.notes, "train.prefix_sharing: it fell back"))
+
+    config, listener, rows = configure(), Listener(), Rows(pairs(14))
+    padded, learner = FakeLearner(config), Falls(config)
+    learner.info = replace(learner.info, layout="packed")
+    fallen = session(config, tmp_path / "fallen", rows, learner, reporter=listener)
+    assert "train.prefix_sharing: it fell back" in listener.infos
+    assert len(learner.tried.prompts[0]) == max(len(e.prompt) for e in rows.train)
+    assert fallen._references == session(config, tmp_path / "padded", rows, padded)._references

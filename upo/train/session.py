@@ -14,6 +14,7 @@ import numpy as np
 from upo.backend import Learner, choose, get_backend
 from upo.config import RunConfig, load_config
 from upo.errors import RunError
+from upo.sharing import row_of
 from upo.train.checkpoint import Checkpoint
 from upo.train.identity import check_config, check_identity, differences, position, run_identity, with_keys
 from upo.train.inputs import Inputs, inputs_of, read_inputs
@@ -75,6 +76,7 @@ class Session:
         self.learner = learner if learner is not None else get_backend(config.backend).load(config)
         if self.learner.comm.rank > 0:
             self.reporter.inner = Silent()
+        self.learner.check_sharing(row_of(self._prepared.train, config.train.micro_batch_tokens))  # the layout is part of the reference's key
         for note in self.learner.info.notes:
             self.reporter.info(note)
         self._identity["model"] = self.learner.info.weights_hash
