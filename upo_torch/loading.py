@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from upo import adapters, models
 from upo.backend import ModelInfo
 from upo.config import RunConfig
+from upo.flops import sizes_of
 from upo.targets import policy_adapter, reference_adapters
 from upo_torch import device
 from upo_torch.device import TorchComm
@@ -27,15 +30,18 @@ def load_learner(config: RunConfig) -> TorchLearner:
     model.check()
     started = add_adapters(config, model)
     layout, fallen = choose_layout(model, config.train, comm)
+    trainable = sum(p.numel() for p in model.policy.values())
     info = ModelInfo(
         name=config.model,
         dtype=str(dtype).removeprefix("torch."),
         device=str(where),
         parameters=parameters,
-        trainable=sum(p.numel() for p in model.policy.values()),
+        trainable=trainable,
         targets=tuple(sorted({path.rpartition(".")[2] for path in adapters.modules_of(model.policy)})),
         weights_hash=models.weights_hash(folder),
         notes=(*notes, *repaired, *family_notes(model), *started, *fallen),
+        chip=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
+        sizes=sizes_of(models.model_config(folder)[0], model.dims(), parameters, trainable, config.train.max_length),
         layout=layout,
     )
     return TorchLearner(config, comm, model, info, folder)

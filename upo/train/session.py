@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from upo.train.reporter import Recorder, Reporter, Silent
 from upo.train.run import Run
 from upo.train.schedule import lr_at
 from upo.train.value import fit_value
+from upo.train.work import averages
 
 
 class Session:
@@ -110,7 +112,7 @@ class Session:
             with contextlib.suppress(RunError):  # where the disk is full, what stopped the run is the better message
                 self._note(self.progress.step)
             raise
-        summary = self._summary(evaluations)
+        summary = self._summary(evaluations, averages([*kept, *loop.lines]))
         if writes:
             self._note(self.progress.step)
             self.folder.write_result(self.learner.state()["adapter"], self.learner.adapter_config())
@@ -246,7 +248,7 @@ class Session:
             self._manifest["latest"] = checkpoint.name
         self.folder.write_json("manifest.json", self._manifest)
 
-    def _summary(self, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    def _summary(self, evaluations: list[dict[str, Any]], work: Mapping[str, Any]) -> dict[str, Any]:
         seconds, rows = self.progress.seconds(), self._prepared.rows_before(self.total_steps)
         before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
         best = best_of(evaluations, self.config.train.keep_best)
@@ -257,6 +259,7 @@ class Session:
             "train_s": seconds["train"],
             "total_s": seconds["total"],
             "rows_per_s": rows / max(seconds["reference"] + seconds["train"], 1e-9),
+            **work,
             "peak_memory_gb": float(self.learner.peak_memory_gb()),
             "eval": {"before": before, "after": after},
             **({} if best is None else {"best": {"checkpoint": str(self.folder.checkpoint_folder(best["step"])), **best}}),
