@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from upo import sharing
+from upo.data.batch import Example
 from upo.data.forest import Forest, packed_size, padded
 from upo.data.packed import Tree, packed
+from upo.sharing import Measured
 
 
 def distinct(seed: int) -> Forest:
@@ -65,14 +67,15 @@ def test_order_of_a_tree():
 # --- The check ------------------------------------------------------------------------------------------------------------------------
 
 
-def context_sums(forest: Forest, gap: float = 0.0, leak: float = 0.0) -> np.ndarray:
+def context_sums(forest: Forest, gap: float = 0.0, leak: float = 0.0, turn: float = 0.0) -> Measured:
     """A stand-in for a model: a token's score is the sum of what stands before it; with `leak`, also of the completion before its own."""
     scores, before = [], 0.0
     for p, completion in zip(forest.owner, forest.completions, strict=True):
         text = np.concatenate([forest.prompts[p], completion]).astype(np.float64)
         scores.append(-np.cumsum(text)[len(forest.prompts[p]) - 1 : -1] / 1000 + gap + leak * before)
         before = float(completion.sum() % 7)
-    return np.concatenate(scores).astype(np.float32)
+    logps = np.concatenate(scores).astype(np.float32)
+    return Measured(logps, np.array([1.0, turn]))
 
 
 @pytest.mark.parametrize("vocab", [96, 384, 49152])
@@ -86,10 +89,37 @@ def test_the_check(vocab):
     assert "move the log-probs of another" in why("bfloat16", leak=0.01), "16 bits do not hide a leak"
     assert why("bfloat16", mixture=True, leak=0.01) is None
     assert "differ by nan" in why(gap=float("nan"))
+    assert "gradients that differ by 0.02 of their norm" in why(turn=0.02)
+    assert why("bfloat16", turn=0.02) is None and "gradients that differ by nan" in why(turn=float("nan"))
 
 
 def test_the_tokens_of_the_check():
     forest = sharing.example(96)
     lengths = sorted(np.bincount(forest.owner).tolist())
-    assert lengths == [1, 3] and all((t >= 0).all() and (t < 96).all() for t in (*forest.prompts, *forest.completions))
+    assert lengths == [1, 1, 3] and all((t >= 0).all() and (t < 96).all() for t in (*forest.prompts, *forest.completions))
     assert len(np.unique(np.concatenate([*forest.prompts, *forest.completions]))) > 30
+
+
+def test_the_row_of_the_check():
+    """The longest prompt among the rows that fit padded; the first of equals; the smallest row where none fits."""
+    tokens = lambda n, first=1: np.full(n, first, np.int32)  # noqa: E731
+    rows = [Example(f"t:{i}", "pair", tokens(p, i), (tokens(c), tokens(d)), (1, -1)) for i, (p, c, d) in enumerate([(9, 30, 1), (8, 2, 3), (8, 1, 1), (5, 2, 2)])]
+    assert [sharing.row_of(rows, limit).prompts[0].tolist() for limit in (78, 77, 13)] == [[0] * 9, [1] * 8, [3] * 5]
+    forest = sharing.row_of(rows, 22)
+    assert [len(c) for c in forest.completions] == [2, 3] and forest.owner.tolist() == [0, 0]
+
+
+def test_any_rank_that_cannot_share_is_heard():
+    class Two:
+        rank, size = 0, 2
+
+        def all_sum(self, array):
+            return array + self.other
+
+    comm = Two()
+    said = []
+    for comm.other in (0, 1):
+        said.append([sharing.agreed(comm, "Llama", reason, " here") for reason in (None, "it leaks")])
+    own = "train.prefix_sharing: each completion is computed with a prompt of its own: with Llama here, it leaks."
+    other = "train.prefix_sharing: each completion is computed with a prompt of its own: another rank has to."
+    assert said == [[None, own], [other, own]]
