@@ -68,7 +68,7 @@ def group_contenders(backend: str) -> list[Contender]:
 
 def ours(backend: str) -> list[Contender]:
     dtype = "bfloat16" if backend == "torch" else "float32"
-    return [lineup.upo(backend, dtype), lineup.upo(backend, dtype, "train.prefix_sharing=off", name="no shared prompts")]
+    return [lineup.upo(backend, dtype), lineup.upo(backend, dtype, 'train.prefix_sharing="off"', name="no shared prompts")]
 
 
 def sweep(contenders: Iterable[Contender], works: dict[int, Work], folder: Path, with_peers: Any, missing: list[str]) -> Found:

@@ -34,9 +34,12 @@ def run(job: dict[str, Any]) -> Stopwatch:
                 watch.grad_norms.append(float(logs["grad_norm"]))
 
     _time_reference(dpo_trainer, watch)
+    at_once = job["settings"].get("pairs_at_once", job["batch_size"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     args = trl.DPOConfig(
         output_dir=job["out"],
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=job["batch_size"] // at_once,
         max_length=job["max_length"],
         beta=job["beta"],
         learning_rate=job["lr"],
@@ -50,7 +53,7 @@ def run(job: dict[str, Any]) -> Stopwatch:
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        **{"per_device_train_batch_size": job["batch_size"], **job["settings"].get("config", {})},
+        **job["settings"]["config"],
     )
     trainer = trl.DPOTrainer(
         model=job["model"],
@@ -71,7 +74,7 @@ def run(job: dict[str, Any]) -> Stopwatch:
         "autocast": "bfloat16" if args.bf16 else "off",
         "gradient_checkpointing": args.gradient_checkpointing,
         "reference": "precomputed" if args.precompute_ref_log_probs else "in every step",
-        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "pairs_at_once": at_once,
     }
     if cuda:
         watch.found["device_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

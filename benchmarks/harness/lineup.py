@@ -23,7 +23,7 @@ TRL_DEFAULT = trl("default")
 TRL_FAST = (
     trl("bf16", **BFLOAT16),
     trl("bf16, reference first", **BFLOAT16, precompute_ref_log_probs=True),
-    trl("bf16, one pair at a time", **BFLOAT16, per_device_train_batch_size=1, gradient_accumulation_steps=8),
+    Contender("TRL bf16, one pair at a time", "trl", {"config": BFLOAT16, "pairs_at_once": 1}),
 )
 MLX_LM_LORA = Contender("mlx-lm-lora", "mlx-lm-lora", {"dtype": "float32"})
 MLX_LM_LORA_EAGER = Contender("mlx-lm-lora, not compiled", "mlx-lm-lora", {"dtype": "float32"}, {"MLX_DISABLE_COMPILE": "1"})
@@ -54,7 +54,7 @@ def techniques(backend: str) -> list[Contender]:
     found = [
         base,
         upo(backend, dtype, name="reference in the cache", after=base.name),
-        upo(backend, dtype, "train.prefix_sharing=off", name="no shared prompts"),
+        upo(backend, dtype, 'train.prefix_sharing="off"', name="no shared prompts"),
         upo(backend, dtype, name="all logits at once", plain_logits=True),
         upo(backend, dtype, "train.gradient_checkpointing=true", name="gradient checkpointing"),
         upo(backend, dtype, "train.micro_batch_tokens=100000", name="one micro-batch a step"),

@@ -55,27 +55,16 @@ def prepare(folder: Path, rows: Sequence[dict[str, Any]], model: Path, *, batch_
     work = Work(str(model), *(str(folder / name) for name in ("rows.jsonl", "ordered.jsonl", "tokens.jsonl", "adapter")), "", len(rows), 0, batch_size, max_length, **numbers)
     _write(work.rows, rows)
     config = load_config({"model": str(model), "data": {"train": work.rows}, "train": {"batch_size": batch_size, "max_length": max_length, "seed": work.seed}})
-    notes = Notes()
-    examples = load_data(config, load_tokenizer(model), notes).train
-    if len(examples) != len(rows) or notes.trimmed:
-        raise DataError(f"{len(rows) - len(examples)} rows do not fit {max_length} tokens{' and others were shortened' * notes.trimmed}; take others, or raise --max-length.")
+    data = load_data(config, load_tokenizer(model), Silent())
+    examples, shortened = data.train, "trimmed" in data.report.notes
+    if len(examples) != len(rows) or shortened:
+        raise DataError(f"{len(rows) - len(examples)} rows do not fit {max_length} tokens{' and others were shortened' * shortened}; take others, or raise --max-length.")
     work = replace(work, steps=total_steps(config.train, len(rows)))
     order = [i for step in range(work.steps) for i in step_rows(len(rows), batch_size, work.seed, step)]
     _write(work.ordered, [rows[i] for i in order])
     _write(work.tokens, [{"prompt": examples[i].prompt.tolist(), "completions": [c.tolist() for c in examples[i].completions]} for i in order])
     write_adapter(Path(work.adapter), model, work)
     return replace(work, digest=hashlib.sha256(Path(work.tokens).read_bytes()).hexdigest())
-
-
-class Notes(Silent):
-    """Notices rows that were shortened."""
-
-    trimmed = False
-
-    def info(self, text: str) -> None:
-        self.trimmed |= "turn" in text and "removed" in text
-
-    warn = info
 
 
 def write_adapter(folder: Path, model: Path, work: Work) -> None:
