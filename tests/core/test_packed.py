@@ -101,12 +101,20 @@ def test_the_tokens_of_the_check():
 
 
 def test_the_row_of_the_check():
-    """The longest prompt among the rows that fit padded; the first of equals; the smallest row where none fits."""
-    tokens = lambda n, first=1: np.full(n, first, np.int32)  # noqa: E731
-    rows = [Example(f"t:{i}", "pair", tokens(p, i), (tokens(c), tokens(d)), (1, -1)) for i, (p, c, d) in enumerate([(9, 30, 1), (8, 2, 3), (8, 1, 1), (5, 2, 2)])]
-    assert [sharing.row_of(rows, limit).prompts[0].tolist() for limit in (78, 77, 13)] == [[0] * 9, [1] * 8, [3] * 5]
-    forest = sharing.row_of(rows, 22)
-    assert [len(c) for c in forest.completions] == [2, 3] and forest.owner.tolist() == [0, 0]
+    """The smallest of those that share a long prompt and fit padded; else the longest prompt that fits, the first of equals; else the smallest."""
+
+    def chosen(rows, limit):
+        tokens = lambda n, first=1: np.full(n, first, np.int32)  # noqa: E731
+        made = [Example(f"t:{i}", "pair", tokens(p, i), tuple(map(tokens, cs)), (1,) * len(cs)) for i, (p, *cs) in enumerate(rows)]
+        forest = sharing.row_of(made, limit)
+        assert forest.owner.tolist() == [0] * len(forest.completions)
+        return int(forest.prompts[0][0]), forest.prompts[0].size, [len(c) for c in forest.completions]
+
+    rows = [(60, 5, 5), (32, 9, 1), (31, 1, 1), (40, 1), (33, 2, 3)]
+    assert chosen(rows, 1000) == (4, 33, [2, 3])  # 72 slots; row 1 takes 82
+    assert chosen(rows, 71) == (3, 40, [1])
+    short = [(9, 30, 1), (8, 2, 3), (8, 1, 1), (5, 2, 2)]
+    assert [chosen(short, limit)[0] for limit in (78, 77, 13)] == [0, 1, 3]
 
 
 def test_any_rank_that_cannot_share_is_heard():
