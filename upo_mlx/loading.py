@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from upo import models
+from upo import memory, models
 from upo.backend import ModelInfo
 from upo.config import RunConfig
 from upo.errors import BackendError
@@ -28,6 +28,7 @@ def load_learner(config: RunConfig) -> MlxLearner:
     comm = MlxComm()
     device.share_threads(comm.size)
     folder = models.resolve(config.model, config.revision)
+    free = device.free_memory(where, comm.size)
     net, repaired = load_base(folder, dtype, config.train.max_length)
     model = Model(net)
     dims = model.dims()
@@ -37,16 +38,20 @@ def load_learner(config: RunConfig) -> MlxLearner:
         model.add_loras(adapter.targets if adapter else ())
     policy = lora_from(start)
     model.check()
+    trainable = sum(a.size for a in policy.arrays.values())
+    needs = memory.estimate(config, memory.model_shapes(folder), trainable, dtype.size, memory.largest(config), config.train.max_length, "mlx")
+    recompute, recomputing = memory.choose_recomputing(config, needs, free, where, comm)
+    config = memory.decided(config, recompute)
     rows, fallen_back = choose_rows(model, policy, config.train, comm)
     info = ModelInfo(
         name=config.model,
         dtype=str(dtype).rpartition(".")[2],
         device=where,
         parameters=parameter_count(net),
-        trainable=sum(a.size for a in policy.arrays.values()),
+        trainable=trainable,
         targets=tuple(sorted({path.rpartition(".")[2] for path in start.targets})),
         weights_hash=models.weights_hash(folder),
-        notes=(*notes, *device.blas_notes(where), *repaired, *family_notes(model), *fallen_back, *started),
+        notes=(*notes, *device.blas_notes(where), *repaired, *family_notes(model), *fallen_back, *recomputing, *started),
         layout=rows.name,
     )
     return MlxLearner(config, comm, model, rows, policy, [lora_from(r) if r else BASE for r in references], info, folder)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from upo import adapters, models, sharing
+from upo import adapters, memory, models, sharing
 from upo.backend import ModelInfo
 from upo.config import RunConfig
 from upo.data.forest import Forest, padded
@@ -28,11 +30,13 @@ def load_learner(config: RunConfig) -> TorchLearner:
     dtype, notes = device.choose_dtype(config.dtype, where)
     comm.start(where)
     folder = models.resolve(config.model, config.revision)
+    free = device.free_memory(where, comm.local_size)
     net, repaired = load_base(folder, dtype, where, config.quantize)
     parameters = parameter_count(net)
     model = Model(net, where)
     model.check()
     started = add_adapters(config, model)
+    config, recomputing = decide_recomputing(config, model, folder, free, comm)
     layout, fallen = choose_layout(config, model, comm)
     info = ModelInfo(
         name=config.model,
@@ -42,10 +46,20 @@ def load_learner(config: RunConfig) -> TorchLearner:
         trainable=sum(p.numel() for p in model.policy.values()),
         targets=tuple(sorted({path.rpartition(".")[2] for path in adapters.modules_of(model.policy)})),
         weights_hash=models.weights_hash(folder),
-        notes=(*notes, *repaired, *family_notes(model), *started, *fallen),
+        notes=(*notes, *repaired, *family_notes(model), *started, *fallen, *recomputing),
         layout=layout,
     )
     return TorchLearner(config, comm, model, info, folder)
+
+
+def decide_recomputing(config: RunConfig, model: Model, folder: Path, free: int, comm: TorchComm) -> tuple[RunConfig, list[str]]:
+    """The configuration with `train.gradient_checkpointing` decided, and a note if that was for us to do. `free`: bytes before loading."""
+    adapter = sum(p.numel() for p in model.policy.values())
+    shapes, tokens = memory.model_shapes(folder), memory.largest(config)
+    needs = memory.estimate(config, shapes, adapter, model.net.dtype.itemsize, tokens, config.train.max_length, "torch")
+    able = None if model.recomputable() else f"{type(model.net).__name__} does not support it"
+    recompute, notes = memory.choose_recomputing(config, needs, free, model.device.type, comm, able)
+    return memory.decided(config, recompute), notes
 
 
 def add_adapters(config: RunConfig, model: Model) -> list[str]:
