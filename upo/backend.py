@@ -142,7 +142,7 @@ class Learner(Protocol):
 
 
 class Backend(Protocol):
-    """The module `upo_torch` or `upo_mlx`: `name`, `load`, `fast_dtype` and `device_report` at module level."""
+    """The module `upo_torch` or `upo_mlx`: `name`, `load`, `fast_dtype`, `free_memory` and `device_report` at module level."""
 
     name: str
 
@@ -152,6 +152,10 @@ class Backend(Protocol):
 
     def fast_dtype(self) -> str:
         """The dtype that the default device multiplies fastest: what `auto` is on a GPU; on a CPU bfloat16 where it has it in hardware."""
+        ...
+
+    def free_memory(self, device: str) -> tuple[str, int]:
+        """The device that a configuration's `device` is here, and the bytes free on it. Raises BackendError for one that is not there."""
         ...
 
     def device_report(self) -> dict[str, Any]:

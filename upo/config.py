@@ -260,13 +260,22 @@ class TrainConfig(Section):
     prefix_sharing: Literal["auto", "off"] = Field(
         "auto", description="`auto`: compute each prompt once for all its completions where the model allows it, checked at the start; `off`: padded rows"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="recompute activations in the backward pass: less memory, more time; `auto`: where memory would not do without, by an estimate"
+    )
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept")
     keep_best: Literal["loss", "loss/preference", "loss/auxiliary", "accuracy", "margin", "logp/chosen"] | None = Field(
         None, description="metric of the held-out rows by which the best evaluated checkpoint is kept as well; needs `eval_every`"
     )
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _choice(cls, value: Any) -> Any:
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError("must be auto, true or false")
+        return value
 
 
 class RunConfig(Section):

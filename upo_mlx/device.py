@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from upo import memory
 from upo.errors import BackendError
 
 REAL_BLAS = 20.0  # GFLOP/s in float32 per process; the wheel's reference BLAS reaches 5 to 8, any real one above 50
@@ -163,6 +164,13 @@ def _version(distribution: str) -> str | None:
 
 def _ram() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory(device: str, ranks: int = 1) -> int:
+    """Bytes that this process can still take on its device: of what Metal recommends, of a GPU's own, of the ranks' share of the machine's."""
+    info: dict[str, Any] = dict(mx.device_info())
+    of_gpu = next((info[key] for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size") if key in info), None)
+    return memory.available() // ranks if device == "cpu" or of_gpu is None else int(of_gpu) - int(mx.get_active_memory())
 
 
 def peak_memory_gb(device: str) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from upo import memory
 from upo.errors import BackendError
 
 
@@ -88,6 +89,15 @@ def share_threads(local_size: int) -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory(device: torch.device, local_size: int = 1) -> int:
+    """Bytes that this process can still take on its device: of a GPU's own, of what Metal recommends, of the ranks' share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return memory.available() // local_size
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -136,6 +136,10 @@ class Model:
             self._peft.base_model.enable_adapter_layers()
             self._peft.set_adapter(POLICY)
 
+    def recomputable(self) -> list[Any]:
+        """The modules that run their layers through gradient checkpointing when told to; none in families that do not support it."""
+        return [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
+
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """Gradient checkpointing inside the block: each decoder layer keeps its input and is run again in the backward pass.
@@ -143,7 +147,7 @@ class Model:
         transformers checkpoints a layer whose `training` flag is set. The flag is set on that module alone, so that nothing inside it
         starts to drop out.
         """
-        modules: list[Any] = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
+        modules = self.recomputable()
         if not modules:
             raise ConfigError(f"train.gradient_checkpointing: {type(self.net).__name__} does not support it. Set it to false and lower train.micro_batch_tokens.")
         try:

@@ -21,6 +21,7 @@ from upo.data.batch import collate  # noqa: E402
 from upo.errors import ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
 from upo.losses import Objective, Term  # noqa: E402
 from upo.losses.base import Loss, Scores  # noqa: E402
+from upo_mlx import device  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,19 @@ def test_recomputation_gives_the_same_gradient_and_leaves_no_trace(tiny_llama):
     plain, one = gradient(learner, batch, limit_for(batch, 3, "two_phase"))
     learner.config = learner.config.model_copy(update={"train": learner.config.train.model_copy(update={"gradient_checkpointing": True})})
     again, two = gradient(learner, batch, limit_for(batch, 3, "two_phase"))
-    assert difference(plain, again) < 1e-6
+    assert difference(plain, again) == 0
     np.testing.assert_array_equal(one.logp, two.logp)
     assert list(learner.model.net.layers) == layers and type(layers[0]).__call__ is kind
+
+
+def test_recomputation_is_chosen_where_the_model_is_loaded(tiny_llama, monkeypatch):
+    found = []
+    for free in (10**8, 10**11):
+        monkeypatch.setattr(device, "free_memory", lambda *_, free=free: free)
+        learner = make_learner(tiny_llama, UPO)
+        (note,) = [note for note in learner.info.notes if "gradient_checkpointing" in note]
+        found.append((learner.config.train.gradient_checkpointing, note.partition(" (")[0]))
+    assert found == [(True, "train.gradient_checkpointing: on"), (False, "train.gradient_checkpointing: off")]
 
 
 def test_non_finite_scores_name_the_rows_and_leave_the_weights(tiny_llama):

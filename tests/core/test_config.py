@@ -122,7 +122,7 @@ def test_dump_loads_to_the_same(path):
         ({"optimizer": 3}, "optimizer: must be a mapping of keys (name, lr, schedule, warmup_steps, clip, weight_decay, eps)"),
         ({"train": {"steps": 2.5}}, "train.steps: must be a whole number (got 2.5)"),
         ({"train": {"batch_size": True}}, "train.batch_size: true and false (yes, no, on, off) mean nothing here"),
-        ({"train": {"gradient_checkpointing": "maybe"}}, "train.gradient_checkpointing: must be true or false (got 'maybe')"),
+        ({"train": {"gradient_checkpointing": "maybe"}}, "train.gradient_checkpointing: must be auto, true or false (got 'maybe')"),
         ({"data": {"train": "a", "eval": 1}}, "data.eval: as a number it is the held-out share"),
         ({"data": {"train": "a", "eval": [1]}}, "data.eval: must be a share below 1, or the name of a file"),
         ({"data": {}}, "data.train: required, but not given"),
