@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape
 
 
 def element(name: str, /, *children: str, **attributes: object) -> str:
