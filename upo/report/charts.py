@@ -11,7 +11,7 @@ from upo import svg
 from upo.report.evaluation import Interval
 
 WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 16, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 46, 20, 10, 26
 MOST_POINTS = 240  # of a curve; longer ones show means of equal stretches
 COLOURS = 8
 
@@ -60,7 +60,7 @@ class Axes:
             parts.append(svg.text(short(value), x=self.left - 6, y=at + 4, text_anchor="end", class_="tick"))
         for value in svg.ticks(*self.xs, most=most):
             at = float(self.x(value))
-            parts.append(svg.element("line", x1=at, x2=at, y1=self.top, y2=self.bottom, class_="zero" if value == 0 and self.xs[0] < 0 else "grid"))
+            parts.append(svg.element("line", x1=at, x2=at, y1=self.top, y2=self.bottom, class_="grid"))
             parts.append(svg.text(short(value), x=at, y=self.bottom + 16, text_anchor="middle", class_="tick"))
         return parts
 
@@ -72,16 +72,21 @@ def curves(title: str, lines: Sequence[Line]) -> str:
     means = [_mean(values, window(len(values))) for _, _, values in drawn]
     shown = [*means, *(line.evals for line in lines), *(values for _, _, values in drawn if alone)]
     axes = Axes(_span([*(line.steps for line in lines), *(line.eval_steps for line in lines)], 0.02), _span(shown, 0.06))
-    parts = axes.frame()
+    parts, ends = axes.frame(), []
     for (line, steps, values), mean in zip(drawn, means, strict=True):
         if alone:
             parts += _pieces(axes, steps, values, f"line thin c{line.colour}")
         parts += _pieces(axes, steps, mean, f"line c{line.colour}")
+        if not alone and np.isfinite(mean).any():
+            last = int(np.flatnonzero(np.isfinite(mean))[-1])
+            ends.append((float(axes.y(mean[last])), line))
         parts += [
             svg.element("circle", cx=float(axes.x(s)), cy=float(axes.y(v)), r=4, class_=f"dot hollow c{line.colour}")
             for s, v in zip(line.eval_steps, line.evals, strict=True)
             if np.isfinite(v)
         ]
+    for y, line in _apart(ends, 12.0):
+        parts.append(svg.text(line.key, x=axes.right + 5, y=y + 4, class_=f"key end c{line.colour}"))
     return _svg(title, parts, HEIGHT)
 
 
@@ -113,7 +118,8 @@ def tradeoff(title: str, points: Sequence[Point], starts: Sequence[tuple[int, fl
         x = float(axes.x(p.x))
         parts.append(svg.element("line", x1=x, x2=x, y1=float(axes.y(p.y.low)), y2=float(axes.y(p.y.high)), class_=f"bar c{p.colour}"))
         parts.append(svg.element("circle", cx=x, cy=float(axes.y(p.y.mean)), r=6 if p.front else 4, class_=f"dot c{p.colour}"))
-        parts.append(svg.text(p.key, x=x + 9, y=float(axes.y(p.y.mean)) + 4, class_="key"))
+        if len(points) > 1:
+            parts.append(svg.text(p.key, x=x + 9, y=float(axes.y(p.y.mean)) + 4, class_="key"))
     return _svg(title, parts, HEIGHT + 40)
 
 
@@ -127,6 +133,14 @@ def short(value: float) -> str:
     size = abs(value)
     text = f"{value / 1e6:g}M" if size >= 1e6 else f"{value / 1e3:g}k" if size >= 1e4 else f"{value:.4g}"
     return text.replace("-", "\u2212")
+
+
+def _apart(places: Sequence[tuple[float, Line]], gap: float) -> list[tuple[float, Line]]:
+    """The same places from top to bottom, each at least `gap` below the one before."""
+    moved: list[tuple[float, Line]] = []
+    for y, line in sorted(places, key=lambda place: place[0]):
+        moved.append((max(y, moved[-1][0] + gap) if moved else y, line))
+    return moved
 
 
 def _svg(title: str, parts: Sequence[str], height: int) -> str:

@@ -46,7 +46,7 @@ def config_yaml(run: Told, base: str | None = None) -> str:
     shorten = portable(run)
     if run.config is None:
         return shorten(clean(run.config_text))
-    data = _walk(run.config.model_dump(mode="json"), shorten)
+    data = walk(run.config.model_dump(mode="json"), shorten)
     return yaml.safe_dump({**data, **({"model": base} if base else {})}, sort_keys=False, allow_unicode=True)
 
 
@@ -201,9 +201,10 @@ def _value(value: Any) -> str:
     return clean(str(value)) if found is None else f"{found:,.0f}" if found == int(found) and abs(found) >= 1 else f"{found:g}"
 
 
-def _walk(value: Any, replace: Portable) -> Any:
+def walk(value: Any, replace: Portable) -> Any:
+    """JSON with every text in it shortened."""
     if isinstance(value, str):
         return replace(value)
     if isinstance(value, dict):
-        return {key: _walk(item, replace) for key, item in value.items()}
-    return [_walk(item, replace) for item in value] if isinstance(value, list) else value
+        return {key: walk(item, replace) for key, item in value.items()}
+    return [walk(item, replace) for item in value] if isinstance(value, list) else value

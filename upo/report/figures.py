@@ -86,6 +86,7 @@ def curves(runs: Sequence[Told]) -> list[dict[str, Any]]:
                     "main": name in MAIN,
                     "window": charts.window(min(points, charts.MOST_POINTS)),
                     "chart": Markup(charts.curves(f"{name} over the optimizer steps", lines)),
+                    "held_out": any(np.isfinite(line.evals).any() for line in lines),
                     "ends": [(line.key, line.colour, _ends(line)) for line in lines],
                 }
             )
@@ -107,7 +108,7 @@ def _line(run: Told, index: int, name: str) -> Line:
 def _ends(line: Line) -> str:
     """The first and the last value, of held-out rows where there are any."""
     values = [v for v in (line.evals if np.isfinite(line.evals).any() else line.values) if np.isfinite(v)]
-    return f"{charts.short(values[0])} \u2192 {charts.short(values[-1])}" + (" held out" if np.isfinite(line.evals).any() else "")
+    return f"{charts.short(values[0])} \u2192 {charts.short(values[-1])}"
 
 
 def _or_nan(value: Any) -> float:
