@@ -7,12 +7,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from upo.config import PreferenceConfig
 from upo.report.evaluation import Goal, Interval
 from upo.report.plain import Portable, clean, mapping, number
 from upo.report.read import Told
+from upo.train.inputs import read_inputs
 from upo.train.manifest import cut_sessions, done_by
 
 # label, before-and-after format, for what is measured beside the goals
@@ -27,6 +29,7 @@ MEASURES = {
     "empty": ("empty answers", ".0f"),
 }
 HELD_OUT = ("accuracy", "margin", "kl", "perplexity", "loss")  # of the evaluation lines, where no answers were sampled
+PACE, MEMORY = "rows per second, reference pass included", "peak memory"
 PHASES = {"model": "fetching the model", "prepare": "loading and preparing", "answers": "sampling answers", "train": "training", "total": "altogether"}
 
 
@@ -120,15 +123,16 @@ def accuracy(run: Told) -> tuple[float | None, float | None]:
 def sentence(name: str, goal: Goal, run: Told) -> str:
     """One line about a goal that claims no more than was measured."""
     measure, evaluation = goal.measure, run.evaluation
-    on = f" on {evaluation.prompts} prompts, {evaluation.samples} answers each" if evaluation and evaluation.prompts and evaluation.samples else ""
+    on = f" ({evaluation.prompts} prompts, {evaluation.samples} answers each)" if evaluation and evaluation.prompts and evaluation.samples else ""
+    what = f"The goal {name}" if goal.weight else f"The measure {name}"
     aim = "" if goal.weight else " It was measured only: the run was not trained towards it."
     if measure.change is None:
-        return f"The goal {name}: {plain_number(measure.before)} before, {plain_number(measure.after)} after{on}; without an interval no change is shown.{aim}"
+        return f"{what}: {plain_number(measure.before)} before, {plain_number(measure.after)} after{on}; without an interval no change is shown.{aim}"
     shown = measure.change.direction()
     if shown == "not shown":
         return f"No change of {name} is shown: {change(measure.change)}, which includes 0{on}.{aim}"
     wanted = "" if not goal.weight else ", as wanted" if goal.verdict()[1] == "good" else ", which is the wrong way"
-    return f"The goal {name} {shown}{wanted}: {change(measure.change)}{on}.{aim}"
+    return f"{what} {shown}{wanted}: {change(measure.change)}{on}.{aim}"
 
 
 def seconds(run: Told) -> list[tuple[str, float]]:
@@ -156,13 +160,13 @@ def costs(run: Told) -> list[tuple[str, str]]:
     """(what, how much): time by phase, speed, memory, by whom."""
     rows = [(label, duration(value)) for label, value in seconds(run)]
     if (pace := number(run.summary.get("rows_per_s"))) is not None:
-        rows.append(("rows per second, reference pass included", f"{pace:.2f}"))
+        rows.append((PACE, f"{pace:.2f}"))
     tokens = [(number(r.get("tokens_per_s")), number(r.get("seconds"))) for r in run.steps]
     if tokens and all(None not in pair for pair in tokens):
         rows.append(("tokens trained on, prompts counted once", f"{sum(t * s for t, s in tokens if t is not None and s is not None):,.0f}"))
     memory = [m for r in (*run.steps, *run.evals) if (m := number(r.get("peak_memory_gb"))) is not None]
     if memory:
-        rows.append(("peak memory", f"{max(memory):.2f} GB"))
+        rows.append((MEMORY, f"{max(memory):.2f} GB"))
     if sessions := run.manifest.get("sessions"):
         manifest = {"sessions": copy.deepcopy(sessions)}
         cut_sessions(manifest, run.done)
@@ -186,6 +190,17 @@ def data_rows(run: Told) -> list[tuple[str, str, str, str, str]]:
         share = number(source)
         shown = f"{share:.0%} of the training prompts" if share is not None else shorten(clean(str(source)))
         found.append((label, shown, _value(split.get("rows")), _value(split.get("completions")), clean(str(identity.get(f"data.{name}", "unknown")))))
+    return found
+
+
+def rewards(run: Told) -> list[str]:
+    """How the total reward of the rows' own completions is spread, a line for each split."""
+    found = []
+    for split, values in read_inputs(run.path).rewards.items():
+        if len(values) and np.isfinite(values).all():
+            low, high = np.quantile(values, [0.1, 0.9])
+            label = {"train": "training", "eval": "held out"}.get(split, clean(split))
+            found.append(f"Reward of the completions in the data, {label}: mean {plain_number(float(values.mean()))}, the middle 80 % from {plain_number(float(low))} to {plain_number(float(high))}.")
     return found
 
 

@@ -68,9 +68,10 @@ def tradeoffs(runs: Sequence[Told]) -> list[dict[str, Any]]:
 
 
 def curves(runs: Sequence[Told]) -> list[dict[str, Any]]:
-    """Every metric that is logged, the main ones first; `main` of the others is False."""
+    """Every metric that is logged: goals on sampled answers, the main ones, the others (`main` is False)."""
     there = dict.fromkeys(clean(name) for run in runs for record in (*run.steps, *run.evals) for name, value in record.items() if number(value) is not None)
-    names = [*(n for n in MAIN if n in there), *(n for n in NAMES if n in there and n not in MAIN), *(n for n in there if n not in NAMES and n not in MAIN)]
+    main = [*(n for n in there if n.startswith("goal/")), *(n for n in MAIN if n in there)]
+    names = [*main, *(n for n in NAMES if n in there and n not in main), *(n for n in there if n not in NAMES and n not in main)]
     found = []
     for name in names:
         if name in SKIPPED:
@@ -83,7 +84,7 @@ def curves(runs: Sequence[Told]) -> list[dict[str, Any]]:
                 {
                     "name": name,
                     "about": NAMES.get(name, ""),
-                    "main": name in MAIN,
+                    "main": name in main,
                     "window": charts.window(min(points, charts.MOST_POINTS)),
                     "chart": Markup(charts.curves(f"{name} over the optimizer steps", lines)),
                     "held_out": any(np.isfinite(line.evals).any() for line in lines),

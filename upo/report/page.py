@@ -69,6 +69,8 @@ def render(runs: Sequence[Told], now: datetime | None = None) -> str:
         tradeoffs=figures.tradeoffs(runs),
         curves=figures.curves(runs),
         answers=_answers(runs),
+        data=_data(runs, views),
+        costs=_costs(runs),
         shown=SHOWN,
         differing=_differing(runs),
     )
@@ -82,6 +84,7 @@ def _view(run: Told, index: int, count: int) -> dict[str, Any]:
     goals = run.evaluation.goals if run.evaluation else {}
     spent = facts.seconds(run)
     before, after = facts.accuracy(run)
+    costs = dict(facts.costs(run))
     return {
         "key": key,
         "colour": figures.colour(index),
@@ -111,16 +114,20 @@ def _view(run: Told, index: int, count: int) -> dict[str, Any]:
         ],
         "win": _win(run),
         "accuracy": None if after is None else (facts.plain_number(before, ".2f"), facts.plain_number(after, ".2f")),
+        "accuracy_change": _accuracy_change(run),
         "pairs": _eval_rows(run),
         "time": facts.duration(spent[-1][1]) if spent else None,
-        "pace": next((f"{value} rows a second" for label, value in facts.costs(run) if label.startswith("rows per second")), None),
-        "memory": next((value for label, value in facts.costs(run) if label == "peak memory"), None),
-        "costs": facts.costs(run),
-        "data": facts.data_rows(run),
+        "pace": f"{costs[facts.PACE]} rows a second" if facts.PACE in costs else None,
+        "memory": costs.get(facts.MEMORY),
         "hashes": facts.hashes(run),
         "config": facts.config_yaml(run),
         "folder": f"runs/{run.name}" if run.path.is_absolute() else clean(str(run.path)),
     }
+
+
+def _accuracy_change(run: Told) -> str:
+    found = run.evaluation.measures.get("accuracy") if run.evaluation else None
+    return facts.change(found.change) if found and found.change else ""
 
 
 def _win(run: Told) -> dict[str, Any] | None:
@@ -167,12 +174,26 @@ def _answers(runs: Sequence[Told]) -> dict[str, Any]:
     }
 
 
+def _data(runs: Sequence[Told], views: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs on the same data together."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for run, view in zip(runs, views, strict=True):
+        groups.setdefault((tuple(facts.data_rows(run)), tuple(facts.rewards(run))), []).append(view)
+    return [{"rows": rows, "rewards": rewards, "runs": members} for (rows, rewards), members in groups.items()]
+
+
+def _costs(runs: Sequence[Told]) -> list[tuple[str, list[str]]]:
+    """(what, how much in each run)."""
+    found = [dict(facts.costs(run)) for run in runs]
+    return [(label, [costs.get(label, "\u2013") for costs in found]) for label in dict.fromkeys(label for costs in found for label in costs)]
+
+
 def _differing(runs: Sequence[Told]) -> list[tuple[str, list[str]]]:
     """(key, its value in each run) of every configuration key in which the runs differ."""
     flat = [flatten(run.config.model_dump(mode="json")) if run.config else {} for run in runs]
     keys = [key for key in dict.fromkeys(k for f in flat for k in f) if len({repr(f.get(key)) for f in flat}) > 1]
     shorten = [facts.portable(run) for run in runs]
-    return [(key, [short(clean(str(f[key]))) if key in f else "\u2013" for f, short in zip(flat, shorten, strict=True)]) for key in keys]
+    return [(key, [short(clean("null" if f[key] is None else str(f[key]))) if key in f else "\u2013" for f, short in zip(flat, shorten, strict=True)]) for key in keys]
 
 
 def _is_report(path: Path) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 
 # Control characters but tab and newline; lone halves of a character; marks that turn the direction of all that follows.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufeff]")
+_PART = r"[^\s\\/:*?\"'<>|(),;]+"
 # An absolute path in running text, or one from the home folder; not the path of an address (https://host/path).
-_PATH = re.compile(r"(?<![\w.:/\\~-])(?:~|[A-Za-z]:)?[\\/][^\s\\/:*?\"'<>|(),;]+(?:[\\/][^\s\\/:*?\"'<>|(),;]+)+[\\/]?")
+_PATH = re.compile(rf"(?<![\w.:/\\~-])(?:~|[A-Za-z]:)?[\\/]{_PART}(?:[\\/]{_PART})+[\\/]?")
 
 
 def number(value: Any) -> float | None:
@@ -42,11 +43,12 @@ class Portable:
 
     def __init__(self, known: Iterable[str] = ()) -> None:
         paths = {path for path in known if _is_absolute(path)} | {str(Path(path).resolve()) for path in known if _is_absolute(path)}
-        self.known = sorted((path.rstrip("/\\") for path in paths if len(path) > 3), key=len, reverse=True)
+        longest_first = sorted((re.escape(path.rstrip("/\\")) for path in paths if len(path) > 3), key=len, reverse=True)
+        self.known = re.compile(rf"(?:{'|'.join(longest_first)})(?![\w-])(?:[\\/]{_PART})*[\\/]?") if longest_first else None
 
     def __call__(self, text: str) -> str:
-        for path in self.known:
-            text = text.replace(path, _last(path))
+        if self.known is not None:
+            text = self.known.sub(lambda found: _last(found.group()), text)
         return _PATH.sub(lambda found: _last(found.group()), text)
 
 
