@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from html import escape as escape
 
 
@@ -19,7 +19,7 @@ def text(words: str, /, **attributes: object) -> str:
     return element("text", escape(words, quote=False), **attributes)
 
 
-def polyline(x: Sequence[float], y: Sequence[float], **attributes: object) -> str:
+def polyline(x: Iterable[float], y: Iterable[float], **attributes: object) -> str:
     """A line through points, to a tenth of a unit."""
     return element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True)), **attributes)
 

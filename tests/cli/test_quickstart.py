@@ -15,6 +15,7 @@ from upo_cli.quickstart import verdict
 import upo.quickstart.run as quickstart_run
 from upo.errors import ModelError
 from upo.quickstart.recipe import HELDOUT, TRAIN
+from upo.report.facts import signed
 
 RESULT: dict[str, Any] = {
     "model": "folder",
@@ -147,6 +148,5 @@ def test_whole_of_it_on_a_tiny_model(here: Path, tiny_llama: Path, backend: str)
     low, high = result["reward_change"]["low"], result["reward_change"]["high"]
     assert low <= result["after"]["reward"] - result["before"]["reward"] <= high
     assert (here / "tiny" / "adapter" / "adapter_model.safetensors").is_file()
-    change = result["reward_change"]["mean"]
     report = (here / "tiny" / "report.html").read_text(encoding="utf-8")
-    assert f'id="goal-1">{change:+.3f}'.replace("-0", "\u22120").replace("goal\u22120", "goal-0") in report and str(here) not in report and "preference accuracy" in report
+    assert f'id="goal-1">{signed(result["reward_change"]["mean"])}<' in report and str(here) not in report and "preference accuracy" in report

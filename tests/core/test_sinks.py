@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from fake_learner import FakeLearner, Rows, configure, pairs
-from test_loop import Listener
 
 from upo.errors import ConfigError
+from upo.train.reporter import Silent
 from upo.train.session import Session
 from upo.train.sinks import numbers
 
@@ -23,6 +23,16 @@ from upo.train.sinks import numbers
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("UPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+class Listener(Silent):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 class Tracker(ModuleType):

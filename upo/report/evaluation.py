@@ -122,7 +122,7 @@ def _of_eval(name: str, content: Mapping[str, Any], _: Mapping[str, float]) -> E
 
 def _of_quickstart(name: str, content: Mapping[str, Any], weights: Mapping[str, float]) -> Evaluation:
     before, after = mapping(content.get("before")), mapping(content.get("after"))
-    both = {key: Measure(number(before[key]), number(after.get(key)), None) for key in ("accuracy", "grade", "words", "repetition", "empty") if key in before}
+    both: dict[str, Measure] = {key: Measure(number(before[key]), number(after.get(key)), None) for key in ("accuracy", "grade", "words", "repetition", "empty") if key in before}
     goal = Measure(number(before.get("reward")), number(after.get("reward")), _interval(content.get("reward_change")))
     return Evaluation(
         file=name,

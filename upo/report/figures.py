@@ -47,7 +47,9 @@ def tradeoffs(runs: Sequence[Told]) -> list[dict[str, Any]]:
     """For each goal, its change against the preference accuracy after training; which runs no other one beats in both."""
     found = []
     for name in dict.fromkeys(name for run in runs if run.evaluation for name in run.evaluation.goals):
-        points, starts, wanted = [], {}, []
+        points: list[Point] = []
+        starts: dict[float, int] = {}  # accuracy before training -> colour
+        wanted: list[float] = []
         for i, run in enumerate(runs):
             goal = run.evaluation.goals.get(name) if run.evaluation else None
             before, after = facts.accuracy(run)

@@ -142,7 +142,7 @@ def _win(run: Told) -> dict[str, Any] | None:
     }
 
 
-def _measures(runs: Sequence[Told]) -> list[tuple[str, list[tuple[str, str, str] | None]]]:
+def _measures(runs: Sequence[Told]) -> list[tuple[str, list[tuple[str, ...] | None]]]:
     """(label, (before, after, change) in each run) of all that was measured beside the goals."""
     found = [{label: rest for label, *rest in facts.measures(run)} for run in runs]
     labels = dict.fromkeys(label for measured in found for label in measured)
