@@ -83,6 +83,31 @@ def test_a_folder_with_a_configuration_alone(tmp_path):
     assert "manifest.json is missing" in found.words("notes-A") and "Not known: manifest.json says nothing of it." in found.words() and found.of("svg") == []
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "summary.json", "eval.json", "quickstart.json"])
+def test_files_from_anywhere_never_break_the_page(tmp_path, name):
+    """Each part of each file in turn is something else: the page is made all the same, or the folder refused in one line."""
+    quickstart = {"before": {"reward": 0.1, "words": 3.0}, "after": {"reward": 0.2, "words": 2.0}, "seconds": {"train": 1.0, "total": 2.0}, "reward_change": {"mean": 0.1, "low": 0, "high": 1}}
+    folder = make_run(tmp_path / "run", evaluation=measured() if name == "eval.json" else None)
+    (folder / "quickstart.json").write_text(json.dumps({**quickstart, "answers": [{"prompt": "p", "before": ["b"], "after": ["a"]}]}))
+    whole = json.loads((folder / name).read_text())
+
+    def variants(node):
+        """Copies of a JSON value with one part replaced."""
+        yield from (None, "x", [1], {"a": {}}, -1)
+        items = node.items() if isinstance(node, dict) else enumerate(node[:2]) if isinstance(node, list) else ()
+        for key, value in items:
+            for other in variants(value):
+                copy = dict(node) if isinstance(node, dict) else list(node)
+                copy[key] = other
+                yield copy
+
+    made = 0
+    for variant in variants(whole):
+        (folder / name).write_text(json.dumps(variant))
+        made += "</html>" in render([read_run(folder)])
+    assert made > 40
+
+
 def test_text_of_a_model_is_text(tmp_path):
     """In answers, prompts, goals, warnings, the names of metrics and of the folder: no tag of it becomes one, and the page is valid UTF-8."""
     evaluation = measured(samples=[{"prompt": HOSTILE, "before": [HOSTILE], "after": [HOSTILE]}], goals={HOSTILE: {"weight": 1, "before": 0, "after": 1, "change": {"mean": 1, "low": 1, "high": 1}}})

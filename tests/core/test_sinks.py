@@ -134,7 +134,7 @@ def test_a_resumed_run_goes_on_in_the_same_place(tmp_path, tracker):
     session(config, tmp_path / "moved", resume=True).run()
     first, second = tracker.inits
     assert first["name"] == second["name"] and first.get("id") == second.get("id")
-    session(configure({"preference": {"loss": "ipo"}}, log={tracker.__name__: {}}), tmp_path / "x" / "run").run()
+    session(configure({"preference": {"loss": "dpo"}}, train={"batch_size": 4, "epochs": 1, "seed": 5}, log={tracker.__name__: {}}), tmp_path / "x" / "run").run()
     assert tracker.inits[2]["name"] != first["name"] and (tracker.__name__ == "trackio" or tracker.inits[2]["id"] != first["id"])
     assert [len(i) for i in (first.get("id") or "x" * 12,)] == [12]
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 import upo
 from upo.errors import RunError
 from upo.report import facts, figures
-from upo.report.plain import clean
+from upo.report.plain import clean, mapping
 from upo.report.read import Told, read_run
 from upo.train.files import check_writable, write_text, writing
 from upo.train.identity import flatten
@@ -152,7 +152,7 @@ def _measures(runs: Sequence[Told]) -> list[tuple[str, list[tuple[str, ...] | No
 def _eval_rows(run: Told) -> int | None:
     if run.evaluation and run.evaluation.rows is not None:
         return run.evaluation.rows
-    rows = run.manifest.get("data", {}).get("eval", {}).get("rows") if isinstance(run.manifest.get("data"), dict) else None
+    rows = mapping(mapping(run.manifest.get("data")).get("eval")).get("rows")
     return rows if type(rows) is int else None
 
 
