@@ -37,6 +37,7 @@ def test_the_figures_of_one_run(tmp_path):
     assert f"training train.jsonl 120 240 {HASH}" in found.words() and "1-20 by torch on cpu" in found.words() and "1.50 GB" in found.words()
     assert "upo train runs/run/config.yaml --out runs/run-again" in found.words()
     assert "Question 0?" in found.text and "after 8" in found.text and "5 of 9 prompts" in found.words() and "The other 4 prompts" in found.words()
+    assert "Up: more length (less is wanted), with its" in found.words("tradeoff-2") and "wanted" not in found.words("tradeoff-1")
     assert "2,000" in found.words()  # tokens: 20 steps of 2 s at 50 a second
 
 

@@ -65,7 +65,7 @@ def tradeoffs(runs: Sequence[Told]) -> list[dict[str, Any]]:
         points = [replace(p, front=f) for p, f in zip(points, front, strict=True)]
         chart = charts.tradeoff(f"Change of {name} against preference accuracy", points, [(c, x) for x, c in starts.items()])
         best = [p.key for p in points if p.front]
-        found.append({"name": name, "chart": Markup(chart), "front": best if len(points) > 1 else []})
+        found.append({"name": name, "chart": Markup(chart), "front": best if len(points) > 1 else [], "less": wanted[0] < 0})
     return found
 
 
