@@ -7,16 +7,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from upo.rewards.english import words
-
-ARTICLES = ("a", "an", "the")
 _END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
 _NO_END = re.compile(r"(?:^|[\s(\"“])(?:\d{1,2}|Mr|Mrs|Ms|Dr|St|vs|etc|e\.g|i\.e)\.$")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt; the chosen one opens with an article."""
+    """Two answers to one prompt; only the chosen one's first sentence has a comma."""
 
     prompt: str
     chosen: str
@@ -31,17 +28,21 @@ def whole_sentences(text: str, ended: bool) -> str | None:
     text = text.strip()
     if ended:
         return text or None
-    ends = [m.end() for m in _END.finditer(text) if not _NO_END.search(text[: m.end()])]
+    ends = _ends(text)
     return text[: ends[-1]] if ends else None
 
 
-def opens_with_article(text: str) -> bool:
-    """Whether the first word is a, an or the."""
-    return any(word.lower() in ARTICLES for word in words(text)[:1])
+def opens_with_comma(text: str) -> bool:
+    """Whether there is a comma before the end of the first sentence."""
+    return "," in text[: min(_ends(text), default=len(text))]
+
+
+def _ends(text: str) -> list[int]:
+    return [m.end() for m in _END.finditer(text) if not _NO_END.search(text[: m.end()])]
 
 
 def choose_pairs(answers: Sequence[tuple[str, Sequence[str]]], most: int, goal: Callable[[str], float]) -> list[Pair]:
-    """Up to `most` disjoint pairs for each (prompt, distinct answers): the chosen answer opens with an article, the rejected one does not.
+    """Up to `most` disjoint pairs for each (prompt, distinct answers): the chosen answer has a comma in its first sentence, the rejected one not.
 
     For each prompt in turn the selection of pairs is taken that differs most in the goal, less half of two sums that are to stay near
     zero over all prompts: goal(chosen) - goal(rejected), so that the label tells nothing about the goal; and the goal of the taken
@@ -53,7 +54,7 @@ def choose_pairs(answers: Sequence[tuple[str, Sequence[str]]], most: int, goal: 
     for prompt, texts in answers:
         worth = [goal(text) for text in texts]
         mean = sum(worth) / max(len(worth), 1)
-        sides = [[i for i, text in enumerate(texts) if opens_with_article(text) is side] for side in (True, False)]
+        sides = [[i for i, text in enumerate(texts) if opens_with_comma(text) is side] for side in (True, False)]
         count = min(most, *map(len, sides))
         found = []
         for chosen, rejected in itertools.product(*(itertools.combinations(side, count) for side in sides)):
