@@ -38,7 +38,7 @@ def make_run(folder: Path, *, steps: int = 20, done: int | None = None, objectiv
     (folder / "checkpoints").mkdir()
     if finished:
         lines.append({"step": steps, "eval": True, "loss": 0.25, "accuracy": 0.75})
-        summary = {"rows": 80, "steps": steps, "reference_s": 4.0, "train_s": 40.0, "total_s": 130.0, "rows_per_s": 1.25, "eval": {"before": lines[0], "after": lines[-1]}}
+        summary = {"rows": 80, "steps": steps, "reference_s": 4.0, "train_s": 40.0, "total_s": 130.0, "rows_per_s": 1.25, "tokens_per_s": 1234.5, "shared_tokens": 0.256, "mfu": None, "eval": {"before": lines[0], "after": lines[-1]}}
         (folder / "summary.json").write_text(json.dumps({**summary, "warnings": ["/home/someone/secret client/train.jsonl:7: 3 rows dropped."]}))
         (folder / "adapter").mkdir()
         (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "base_model_name_or_path": "/home/someone/models/base"}))

@@ -38,6 +38,7 @@ def test_the_figures_of_one_run(tmp_path):
     assert "upo train runs/run/config.yaml --out runs/run-again" in found.words()
     assert "Question 0?" in found.text and "after 8" in found.text and "5 of 9 prompts" in found.words() and "The other 4 prompts" in found.words()
     assert "Up: more length (less is wanted), with its" in found.words("tradeoff-2") and "wanted" not in found.words("tradeoff-1")
+    assert "tokens per second of the steps 1,234" in found.words() and "not computed again 25.6%" in found.words() and "peak arithmetic" not in found.words()
     assert "2,000" in found.words()  # tokens: 20 steps of 2 s at 50 a second
 
 

@@ -29,6 +29,13 @@ MEASURES = {
     "empty": ("empty answers", ".0f"),
 }
 HELD_OUT = ("accuracy", "margin", "kl", "perplexity", "loss")  # of the evaluation lines, where no answers were sampled
+# of summary.json, see upo.train.metrics.NAMES
+WORK = (
+    ("tokens_per_s", "tokens per second of the steps", ",.0f"),
+    ("shared_tokens", "tokens of prompts that were shared, not computed again", ".1%"),
+    ("padding", "padding", ".1%"),
+    ("mfu", "share of the device's peak arithmetic", ".1%"),
+)
 PACE, MEMORY = "rows per second, reference pass included", "peak memory"
 PHASES = {"model": "fetching the model", "prepare": "loading and preparing", "answers": "sampling answers", "train": "training", "total": "altogether"}
 
@@ -161,6 +168,9 @@ def costs(run: Told) -> list[tuple[str, str]]:
     rows = [(label, duration(value)) for label, value in seconds(run)]
     if (pace := number(run.summary.get("rows_per_s"))) is not None:
         rows.append((PACE, f"{pace:.2f}"))
+    for name, label, spec in WORK:
+        if (value := number(run.summary.get(name))) is not None:
+            rows.append((label, format(value, spec)))
     tokens = [(number(r.get("tokens_per_s")), number(r.get("seconds"))) for r in run.steps]
     if tokens and all(None not in pair for pair in tokens):
         rows.append(("tokens trained on, prompts counted once", f"{sum(t * s for t, s in tokens if t is not None and s is not None):,.0f}"))
