@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from upo import svg
 from upo.losses import LOSSES
 from upo.losses.base import Loss, Scores
 from upo.numpy_ops import ops
@@ -43,31 +44,31 @@ def picture(names: Sequence[str]) -> str:
     """An SVG with one panel for each of these losses: the loss solid, its slope dashed, each scaled to its own range."""
     rows = -(-len(names) // COLUMNS)
     width, height = COLUMNS * (WIDTH + 2 * GAP), rows * (HEIGHT + GAP) + GAP // 2
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" font-family="sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-    ]
+    parts = ["", svg.element("rect", width=width, height=height, fill="#ffffff")]
     for i, name in enumerate(names):
         x, y = GAP + (i % COLUMNS) * (WIDTH + 2 * GAP), GAP // 2 + (i // COLUMNS) * (HEIGHT + GAP)
         parts.append(_panel(LOSSES[name](), x, y))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
+    return svg.element("svg", "\n".join([*parts, ""]), xmlns="http://www.w3.org/2000/svg", **size, font_family="sans-serif", font_size=11) + "\n"
 
 
 def _panel(loss: Loss, x: int, y: int) -> str:
     span = 400.0 if 0 < getattr(loss, "beta", 1.0) <= 0.01 else 50.0
     margins = np.linspace(-span, span, 121)
+    lines = [
+        "",
+        svg.text(loss.name, x=WIDTH / 2, y=-8, text_anchor="middle", font_weight="bold", fill="#222222"),
+        svg.element("rect", width=WIDTH, height=HEIGHT, fill="#f6f7f9"),
+        svg.element("line", x1=WIDTH / 2, x2=WIDTH / 2, y1=0, y2=HEIGHT, stroke="#c8ccd4"),
+    ]
     value, slope = curve(loss, margins)
-    lines = [f'<g transform="translate({x},{y})">', f'<text x="{WIDTH / 2:g}" y="-8" text-anchor="middle" font-weight="bold" fill="#222222">{loss.name}</text>']
-    lines.append(f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#f6f7f9"/>')
-    lines.append(f'<line x1="{WIDTH / 2:g}" x2="{WIDTH / 2:g}" y1="0" y2="{HEIGHT}" stroke="#c8ccd4"/>')
-    for numbers, style, side, anchor in ((value, 'stroke="#0b5fa5" stroke-width="2"', -4, "end"), (slope, 'stroke="#b3541e" stroke-width="1.5" stroke-dasharray="4 3"', WIDTH + 4, "start")):
+    solid, dashed = {"stroke": "#0b5fa5", "stroke_width": 2}, {"stroke": "#b3541e", "stroke_width": 1.5, "stroke_dasharray": "4 3"}
+    for numbers, style, side, anchor in ((value, solid, -4, "end"), (slope, dashed, WIDTH + 4, "start")):
         low, high = float(numbers.min()), float(numbers.max())
         scaled = (numbers - low) / (high - low) if high - low > 1e-9 else np.full_like(numbers, 0.5)
-        points = " ".join(f"{WIDTH * k / 120:.1f},{HEIGHT * (0.95 - 0.9 * s):.1f}" for k, s in enumerate(scaled))
-        color = style.split('"')[1]
-        lines.append(f'<polyline points="{points}" fill="none" {style}/>')
-        lines.append(f'<text x="{side}" y="12" text-anchor="{anchor}" fill="{color}">{high:.3g}</text>')
-        lines.append(f'<text x="{side}" y="{HEIGHT - 3}" text-anchor="{anchor}" fill="{color}">{low:.3g}</text>')
-    for at, text in ((0, f"{-span:g}"), (WIDTH / 2, "0"), (WIDTH, f"{span:g}")):
-        lines.append(f'<text x="{at:g}" y="{HEIGHT + 13}" text-anchor="middle" fill="#555555">{text}</text>')
-    return "\n".join([*lines, "</g>"])
+        lines.append(svg.polyline(WIDTH * np.arange(121) / 120, HEIGHT * (0.95 - 0.9 * scaled), fill="none", **style))
+        lines.append(svg.text(f"{high:.3g}", x=side, y=12, text_anchor=anchor, fill=style["stroke"]))
+        lines.append(svg.text(f"{low:.3g}", x=side, y=HEIGHT - 3, text_anchor=anchor, fill=style["stroke"]))
+    for at, words in ((0.0, f"{-span:g}"), (WIDTH / 2, "0"), (float(WIDTH), f"{span:g}")):
+        lines.append(svg.text(words, x=at, y=HEIGHT + 13, text_anchor="middle", fill="#555555"))
+    return svg.element("g", "\n".join([*lines, ""]), transform=f"translate({x},{y})")

@@ -278,6 +278,20 @@ class TrainConfig(Section):
         return value
 
 
+class TrackerConfig(Section):
+    """One experiment tracker."""
+
+    project: str = Field("upo", min_length=1, description="name of the project there")
+    name: str | None = Field(None, min_length=1, description="name of the run there; by default the folder's, with a part of the run's id")
+
+
+class LogConfig(Section):
+    """Where metrics go besides metrics.jsonl, which is always written. A tracker that fails is warned about once; training goes on without it."""
+
+    trackio: TrackerConfig | None = Field(None, description="a local dashboard: `log: {trackio: {project: mine}}`; needs `upo[trackio]`")
+    wandb: TrackerConfig | None = Field(None, description="Weights & Biases; needs `upo[wandb]` and `wandb login`, or WANDB_MODE=offline")
+
+
 class RunConfig(Section):
     """A whole run. `RunConfig(model=..., data=..., objective=...)` in Python, or one YAML file."""
 
@@ -297,6 +311,7 @@ class RunConfig(Section):
     )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how the adapter is updated")
     train: TrainConfig = Field(TrainConfig(), description="how long, in which portions, and what is kept")
+    log: LogConfig = Field(LogConfig(), description="where metrics go besides metrics.jsonl")
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

@@ -100,9 +100,11 @@ def _show(result: dict[str, Any], folder: Path) -> None:
     parts = ", ".join(f"{name} {duration(seconds[name])}" for name in ("model", "prepare", "answers", "train"))
     console.print(Text(f"\n{result['backend']} on {result['device']} in {result['dtype']}, {duration(seconds['total'])} ({parts}). Figures: {folder / 'quickstart.json'}"))
     click.echo(
+        f"Report: {folder / 'report.html'}\n"
         "\nNext:\n"
         f'  upo generate {folder} --prompt "How does a bicycle stay upright?"\n'
         f"  upo train {folder / 'config.yaml'} --set optimizer.lr=2e-4      the same run, changed\n"
+        f"  upo report {folder} OTHER...                                compare runs in one page\n"
         "  upo train examples/upo.yaml --set data.train=YOUR.jsonl     your own data and goals\n"
         "  upo losses                                                  what else can be optimised"
     )

@@ -121,6 +121,7 @@ def _echo_result(config: Path, out: Path, summary: Mapping[str, Any]) -> None:
     echo_table([*told, ("adapter", str(out / "adapter"))])
     click.echo("\nNext:")
     click.echo(f'  upo generate {out} --prompt "..."')
+    click.echo(f"  upo report {out}    one page to look at, or to show")
     click.echo(f"  upo train {config} --out DIR --set KEY=VALUE    the same with something changed")
 
 

@@ -15,6 +15,7 @@ from upo_cli.quickstart import verdict
 import upo.quickstart.run as quickstart_run
 from upo.errors import ModelError
 from upo.quickstart.recipe import HELDOUT, TRAIN
+from upo.report.facts import signed
 
 RESULT: dict[str, Any] = {
     "model": "folder",
@@ -67,6 +68,7 @@ def test_result_is_shown_with_its_interval_and_what_to_do_next(here: Path, calls
     assert "The auxiliary reward rose: +0.203, 95 % interval +0.131 to +0.275." in done.stdout
     assert "Why [so]?" in done.stdout and "Long words." in done.stdout and "Short ones." in done.stdout
     assert "torch on cpu in float32, 2 min 51 s" in done.stdout
+    assert "Report: runs/quickstart/report.html" in done.stdout
     assert "upo generate runs/quickstart --prompt" in done.stdout and "upo train examples/upo.yaml" in done.stdout
 
 
@@ -146,3 +148,5 @@ def test_whole_of_it_on_a_tiny_model(here: Path, tiny_llama: Path, backend: str)
     low, high = result["reward_change"]["low"], result["reward_change"]["high"]
     assert low <= result["after"]["reward"] - result["before"]["reward"] <= high
     assert (here / "tiny" / "adapter" / "adapter_model.safetensors").is_file()
+    report = (here / "tiny" / "report.html").read_text(encoding="utf-8")
+    assert f'id="goal-1">{signed(result["reward_change"]["mean"])}<' in report and str(here) not in report and "preference accuracy" in report

@@ -144,7 +144,7 @@ def test_every_fault_has_a_line_of_its_own(tmp_path):
     assert refused(path).splitlines() == [
         f'{path}:4: data.evall: unknown key. Did you mean "eval"?',
         f"{path}:6: optimizer.lr: must be above 0.0 (got -1)",
-        f'{path}:7: losses: unknown key. Known: adapter, backend, data, device, dtype, model, objective, optimizer, quantize, reference, revision, train.',
+        f'{path}:7: losses: unknown key. Known: adapter, backend, data, device, dtype, log, model, objective, optimizer, quantize, reference, revision, train.',
     ]
 
 

@@ -15,9 +15,12 @@ from upo.backend import get_backend
 from upo.quickstart.evaluate import SAMPLES, SAMPLING, Answers, answer, compare
 from upo.quickstart.model import REPOSITORY, model_folder
 from upo.quickstart.recipe import prompts, recipe
+from upo.report.page import write_report
 from upo.rewards.readability import Readability, flesch_kincaid
 from upo.train.reporter import Reporter
 from upo.train.session import Session
+
+REPORT = "report.html"
 
 
 def run_quickstart(
@@ -30,7 +33,7 @@ def run_quickstart(
     model: str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train by the recipe into `out` and return what `out/quickstart.json` holds: figures before and after, and an example.
+    """Train by the recipe into `out` and return what `out/quickstart.json` holds: figures before and after, and an example. A report is written beside it.
 
     Raises an UpoError for bad input or a model that cannot be had.
     """
@@ -68,6 +71,7 @@ def run_quickstart(
     if session.learner.comm.rank == 0:
         text = json.dumps({**result, "answers": answers}, indent=2, ensure_ascii=False)
         (out / "quickstart.json").write_text(text + "\n", encoding="utf-8")
+        write_report([out], out / REPORT)
     return result
 
 

@@ -24,6 +24,7 @@ from upo.train.prepare import Prepared
 from upo.train.reporter import Reporter
 from upo.train.run import Run
 from upo.train.schedule import lr_at
+from upo.train.sinks import Sinks
 from upo.train.work import batch_work, evaluation_work, figures
 
 HEAVY = 10.0  # a mean actor weight above this means that a few completions decide the step
@@ -64,7 +65,7 @@ class Loop:
 
     `evaluations`: the evaluation lines that metrics.jsonl holds already; new ones are added to it. `origin`: what every checkpoint notes
     about where it comes from. `saved`: called with the steps done and the folder of a new checkpoint, before older ones are removed.
-    `same_start`: the policy starts as its reference, so step 1 checks that both are computed alike.
+    `same_start`: the policy starts as its reference, so step 1 checks that both are computed alike. `sinks`: also get every line.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Loop:
         origin: Mapping[str, Any],
         saved: Callable[[int, Path], None],
         same_start: bool = False,
+        sinks: Sinks | None = None,
     ) -> None:
+        self.sinks = sinks
         self.prepared, self.learner, self.run, self.reporter, self.same_start = prepared, learner, run, reporter, same_start
         self.config, self.objective, self.total = prepared.config, prepared.objective, prepared.total
         self.evaluation = collate(prepared.eval) if prepared.eval else None
@@ -165,6 +168,8 @@ class Loop:
     def _log(self, record: dict[str, Any]) -> None:
         if self.writes:
             self.run.append(record)
+            if self.sinks is not None:
+                self.sinks.log(record)
         self.reporter.metrics(record)
 
     def _warn_heavy(self, record: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from upo.train.reference import adapter_hash, cache_path, logps_of, pass_size, r
 from upo.train.reporter import Recorder, Reporter, Silent
 from upo.train.run import Run
 from upo.train.schedule import lr_at
+from upo.train.sinks import Sinks
 from upo.train.value import fit_value
 from upo.train.work import averages
 
@@ -63,6 +64,7 @@ class Session:
             raise RunError("--reschedule: changes a run that is resumed. Add --resume, or leave it out.")
         else:
             self.folder.check_new()
+        self._sinks = Sinks(config.log, self.reporter)
         self._prepared = prepare(config, allow_code=allow_code, reporter=self.reporter, data=data)
         self.objective, self.tokenizer, self.data = self._prepared.objective, self._prepared.tokenizer, self._prepared.data
         self.total_steps = self._prepared.total
@@ -103,20 +105,24 @@ class Session:
         if writes:
             self._say_lost({record["step"] for record in kept if not record.get("eval")})
             self._open()
+            self._sinks.start(self.config.model_dump(mode="json"), self._manifest)
         evaluations = [record for record in kept if record.get("eval")]
         origin = {"identity": self._identity, "random": {"seed": self.config.train.seed}, "reference": self._references}
-        loop = Loop(self._prepared, self.learner, self.folder, self.reporter, evaluations, origin, self._note, self._starts_as_reference())
+        loop = Loop(self._prepared, self.learner, self.folder, self.reporter, evaluations, origin, self._note, self._starts_as_reference(), self._sinks)
         try:
             loop.go(self.progress)
         except BaseException:
             with contextlib.suppress(RunError):  # where the disk is full, what stopped the run is the better message
                 self._note(self.progress.step)
+            if writes:
+                self._sinks.finish(None)
             raise
         summary = self._summary(evaluations, averages([*kept, *loop.lines]))
         if writes:
             self._note(self.progress.step)
             self.folder.write_result(self.learner.state()["adapter"], self.learner.adapter_config())
             self.folder.write_json("summary.json", summary)
+            self._sinks.finish(summary)
         return summary
 
     # --- On with a run ------------------------------------------------------------------------------------------------------------
@@ -226,6 +232,7 @@ class Session:
         entry = session_entry(self.backend, self.learner, self.progress.step)
         if not self._manifest:
             self._manifest = first_manifest(self._prepared, self.learner, self._identity, self._references, self.value_fit)
+            self._manifest["name"] = self.folder.path.resolve().name
             self._manifest["sessions"].append(entry)
             self.folder.create(self.config.dump(), self._manifest, self._inputs)
             return
