@@ -24,8 +24,10 @@ def token_logps(head: Head, hidden: Array, targets: Array) -> Array:
 
     @mx.custom_function
     def scored(hidden: Array, targets: Array) -> tuple[Array, Array]:
-        parts = []
+        parts: list[tuple[Array, Array]] = []
         for h, t in _chunks(head, hidden, targets):
+            if parts:
+                h = mx.depends([h], [*parts[-1]])[0]  # else MLX computes the logits of many chunks before the slope of the first
             logp, residual = _score(head(h), t)
             slope: Array = mx.vjp(head, [h], [residual])[1][0]
             parts.append((logp, slope))
