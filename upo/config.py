@@ -263,6 +263,9 @@ class TrainConfig(Section):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="recompute activations in the backward pass: less memory, more time; `auto`: where memory would not do without, by an estimate"
     )
+    memory_limit_gb: float | None = Field(None, gt=0, description="GB a process may take on its device: MLX, there a guideline, and PyTorch on CUDA")
+    cache_limit_gb: float | None = Field(None, ge=0, description="GB of freed memory that MLX keeps for reuse; 0: none")
+    wired_limit_gb: float | None = Field(None, gt=0, description="GB that MLX keeps resident on Metal (macOS 15 or newer)")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept")

@@ -25,6 +25,7 @@ def load_learner(config: RunConfig) -> MlxLearner:
     if config.quantize != "none":
         raise BackendError(f"quantize: {config.quantize} needs bitsandbytes on CUDA (--backend torch). For MLX give a model folder quantised by mlx-lm.")
     where = device.choose_device(config.device)
+    device.limit_memory(config.train, where)
     dtype, notes = device.choose_dtype(config.dtype, where)
     comm = MlxComm()
     device.share_threads(comm.size)

@@ -11,7 +11,7 @@ import sys
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ import torch.distributed as dist
 
 from upo import memory
 from upo.errors import BackendError
+
+if TYPE_CHECKING:
+    from upo.config import TrainConfig
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
@@ -55,6 +58,19 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, list[str
     if _has_bfloat16(device):
         return torch.bfloat16, []
     return torch.float32, ["dtype: this GPU does not compute in bfloat16, so float32 is used; it takes twice the memory."]
+
+
+def limit_memory(train: TrainConfig, device: torch.device) -> None:
+    """Hold this process to `memory_limit_gb` of its GPU. Raises BackendError for the limits that only MLX has, and off CUDA."""
+    mlx_only = [name for name in ("cache_limit_gb", "wired_limit_gb") if getattr(train, name) is not None]
+    if mlx_only:
+        raise BackendError(f"train.{mlx_only[0]}: is MLX's. PyTorch's allocator is configured by the environment variable PYTORCH_CUDA_ALLOC_CONF.")
+    if train.memory_limit_gb is None:
+        return
+    if device.type != "cuda":
+        raise BackendError(f"train.memory_limit_gb: PyTorch has no limit on {device.type}, only on CUDA. Lower train.micro_batch_tokens instead.")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, train.memory_limit_gb * 1e9 / total), device)
 
 
 def fast_dtype() -> str:

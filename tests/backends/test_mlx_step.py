@@ -18,7 +18,7 @@ from learner_runs import UPO, difference, examples, limit_for, shake, with_refer
 from mlx_runs import gradient, make_learner  # noqa: E402
 
 from upo.data.batch import collate  # noqa: E402
-from upo.errors import ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
+from upo.errors import BackendError, ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
 from upo.losses import Objective, Term  # noqa: E402
 from upo.losses.base import Loss, Scores  # noqa: E402
 from upo_mlx import device  # noqa: E402
@@ -294,6 +294,20 @@ def test_two_processes_equal_one(tiny_llama, tmp_path):
         tolerance = 1e-4 if "lora" in name else 1e-5
         np.testing.assert_allclose(two[name], one[name], rtol=0, atol=tolerance * np.abs(one[name]).max(), err_msg=name)
     assert np.abs(one["logp"][9] - one["logp"][0]).max() > 0.1
+
+
+def test_memory_limits(tiny_llama):
+    """Set as configured; the wired one, which MLX would take and not use on a CPU, is refused."""
+    before = mx.set_memory_limit(10**9), mx.set_cache_limit(10**9)
+    try:
+        make_learner(tiny_llama, "dpo", device="cpu")
+        assert (mx.set_memory_limit(10**9), mx.set_cache_limit(10**9)) == (10**9, 10**9)
+        make_learner(tiny_llama, "dpo", device="cpu", train={"memory_limit_gb": 1.5, "cache_limit_gb": 0.25})
+        assert (mx.set_memory_limit(10**9), mx.set_cache_limit(10**9)) == (1_500_000_000, 250_000_000)
+        with pytest.raises(BackendError, match=r"train.wired_limit_gb: .* on Metal only.*train.memory_limit_gb"):
+            make_learner(tiny_llama, "dpo", device="cpu", train={"wired_limit_gb": 1})
+    finally:
+        mx.set_memory_limit(before[0]), mx.set_cache_limit(before[1])
 
 
 def _ten_steps(folder: str, out: str) -> None:

@@ -17,9 +17,9 @@ from upo.train.prepare import Prepared
 from upo.train.reference import adapter_hash, reference_identity
 
 # Where and how fast a run computes, and what it writes: free to change when it is resumed.
-FREE = frozenset(
-    f"train.{key}" for key in ("micro_batch_tokens", "gradient_checkpointing", "prefix_sharing", "eval_every", "save_every", "keep_checkpoints", "keep_best")
-) | {"backend", "device", "dtype", "log"}  # of a section, all its keys
+_COMPUTED = ("micro_batch_tokens", "gradient_checkpointing", "prefix_sharing", "memory_limit_gb", "cache_limit_gb", "wired_limit_gb")
+_WRITTEN = ("eval_every", "save_every", "keep_checkpoints", "keep_best")
+FREE = frozenset(f"train.{key}" for key in (*_COMPUTED, *_WRITTEN)) | {"backend", "device", "dtype", "log"}  # of a section, all its keys
 # Names of places: the contents behind them are compared by hash, so that a run can move to another machine.
 PLACES = frozenset({"model", "revision", "data.train", "data.eval", "data.revision", "adapter.start", "reference"})
 # What the learning rates of all steps follow from. Under a constant schedule the length is not among it.

@@ -99,7 +99,7 @@ def evaluate(learner: Learner, objective: Objective, batch: Batch, step: int, li
     whole = blank(batch, scored_names(objective.needs))
     partner = None if batch.partners is None else np.zeros(len(batch.label), np.float32)
     state: Mapping[str, float] = {}
-    for rows in micro_batches(batch, limit, layout=learner.info.layout):
+    for rows in micro_batches(batch, limit, layout=learner.info.layout, device=learner.info.device):
         part, places = batch.select(rows)
         outcome = learner.score(part)
         fill(whole, places, {name: vector for name, vector in scored_of(outcome).items() if name in whole})
