@@ -1,17 +1,14 @@
-"""How the bundled pairs are made from sampled answers: honest ends, a label by rule, and a choice of pairs that keeps the label neutral."""
+"""How the bundled pairs are made from sampled answers: a label by rule, and a choice of pairs that keeps the label neutral."""
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from upo.rewards.english import words
 
 ARTICLES = ("a", "an", "the")
-_END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
-_NO_END = re.compile(r"(?:^|[\s(\"“])(?:\d{1,2}|Mr|Mrs|Ms|Dr|St|vs|etc|e\.g|i\.e)\.$")
 
 
 @dataclass(frozen=True)
@@ -21,18 +18,6 @@ class Pair:
     prompt: str
     chosen: str
     rejected: str
-
-
-def whole_sentences(text: str, ended: bool) -> str | None:
-    """The text up to its last complete sentence, so that the end of turn after it is true; None if there is none.
-
-    `ended`: the model itself ended here, so nothing is cut. The number of a list item ("2.") or an abbreviation ("Mr.") does not end a sentence.
-    """
-    text = text.strip()
-    if ended:
-        return text or None
-    ends = [m.end() for m in _END.finditer(text) if not _NO_END.search(text[: m.end()])]
-    return text[: ends[-1]] if ends else None
 
 
 def opens_with_article(text: str) -> bool:
