@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("upo_cli.train:train", "Fine-tune as a configuration file says, or go on with a run."),
     "generate": ("upo_cli.generate:generate", "Let a model, or the result of a run, answer prompts."),
     "eval": ("upo_cli.eval:evaluate", "Compare a model before and after training: preferences, goals, win rate, samples."),
+    "sweep": ("upo_cli.sweep:sweep", "Train the points of a grid or list, and show the trade-off between goals and preferences."),
     "convert": ("upo_cli.convert:convert", "Turn an adapter from one format into another: PEFT, mlx-lm, upo."),
     "merge": ("upo_cli.merge:merge", "Merge an adapter into its base model, for any tool that loads models."),
     "data": ("upo_cli.data:data", "Look at preference data before training on it."),
