@@ -43,6 +43,8 @@ class Sampling:
     top_p: float = 0.95
     seed: int = 0
     batch_size: int = 16
+    place: int = 0  # of the first prompt among all that are answered, and the step to the next: ranks and parts of a list draw as the
+    stride: int = 1  # whole list would
 
 
 class Comm(Protocol):

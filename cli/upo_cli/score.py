@@ -54,7 +54,7 @@ def score(
     from upo_cli.progress import reporting
 
     _check_out(file, out, force)
-    scorers = _scorers(rewards, allow_code)
+    scorers = scorers_of(rewards, allow_code)
     from upo.data.read import read
     from upo.data.rows import parse_rows
     from upo.errors import DataError
@@ -102,8 +102,8 @@ def _check_out(file: str, out: Path, force: bool) -> None:
         raise UpoError(f"--out {out}: there is no folder {out.parent}.")
 
 
-def _scorers(rewards: Sequence[str], allow_code: bool) -> dict[str, Scorer]:
-    """Label -> scorer, from texts like `length:low=10,high=80`."""
+def scorers_of(rewards: Sequence[str], allow_code: bool, option: str = "--reward") -> dict[str, Scorer]:
+    """Label -> scorer, from texts like `length:low=10,high=80`, given by this option of the command."""
     from upo.errors import ConfigError
     from upo.rewards import build_scorer, unique_label
 
@@ -111,15 +111,15 @@ def _scorers(rewards: Sequence[str], allow_code: bool) -> dict[str, Scorer]:
     for reward in rewards:
         name, _, rest = reward.partition(":")
         options = {}
-        for option in filter(None, rest.split(",")):
-            key, equals, value = option.partition("=")
+        for given in filter(None, rest.split(",")):
+            key, equals, value = given.partition("=")
             if not equals:
-                raise ConfigError(f"--reward {reward}: write options as SCORER:OPTION=VALUE, e.g. length:low=10,high=80.")
+                raise ConfigError(f"{option} {reward}: write options as SCORER:OPTION=VALUE, e.g. length:low=10,high=80.")
             options[key.strip()] = value.strip()
         try:
             scorer = build_scorer(name.strip(), allow_code, **options)
         except ConfigError as error:
-            raise ConfigError(f"--reward {reward}: {error}") from None
+            raise ConfigError(f"{option} {reward}: {error}") from None
         built[unique_label(scorer, list(built))] = scorer
     return built
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from upo.backend import get_backend
-from upo.quickstart.evaluate import SAMPLES, SAMPLING, Answers, answer, compare
+from upo.evaluation.answers import Answers
+from upo.quickstart.evaluate import SAMPLES, SAMPLING, answer, compare
 from upo.quickstart.model import REPOSITORY, model_folder
 from upo.quickstart.recipe import prompts, recipe
 from upo.report.page import write_report

@@ -43,17 +43,18 @@ class Python(TextScorer):
         return self.function.rpartition(":")[2]
 
     def check(self) -> None:
-        self._load()
+        self.load()
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
-        function = self._load()
+        function = self.load()
         try:
             result: Sequence[float] = function(list(prompts), list(completions))
         except Exception as error:  # whatever the user's code raises is for the user, in one line
             raise UpoError(f"scorer {self.function}: raised {_cause(error)}.") from error
         return result
 
-    def _load(self) -> Callable[[list[str], list[str]], Any]:
+    def load(self) -> Callable[..., Any]:
+        """The function. Raises ConfigError if there is none, UpoError if importing it fails."""
         source, _, name = self.function.rpartition(":")
         try:
             module = _from_file(Path(source).expanduser()) if source.endswith(".py") else importlib.import_module(source)
