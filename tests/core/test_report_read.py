@@ -50,6 +50,10 @@ def test_a_goal_is_what_the_run_was_trained_towards(tmp_path):
     twice = {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "length", "weight": 0.5, "high": 80}, {"scorer": "length", "weight": -2.0}, {"scorer": "column", "column": "readability_score"}]}}
     folder = make_run(tmp_path / "run", objective=twice, evaluation=measured(goals=goals))
     assert {name: goal.weight for name, goal in read_run(folder).evaluation.goals.items()} == {"length": 0.5, "length#2": -2.0, "readability": None}
+    config = (folder / "config.yaml").read_text()
+    for odd in ("function: 7", "function: nothing", "other: 1"):
+        (folder / "config.yaml").write_text(config.replace("high: 80", odd).replace("scorer: length", "scorer: python"))
+        assert read_run(folder).evaluation.goals["length"].weight is None
     (folder / "config.yaml").unlink()
     assert {goal.weight for goal in read_run(folder).evaluation.goals.values()} == {1.0}
 

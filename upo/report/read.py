@@ -135,7 +135,7 @@ def _weights(config: RunConfig) -> dict[str, float]:
     for goal in config.objective.goals:
         try:
             label = unique_label(SCORERS[goal.scorer](**(goal.model_extra or {})), list(found))
-        except (KeyError, TypeError):  # of another version
+        except (ConfigError, KeyError, TypeError, ValueError, AttributeError):  # of another version, or never right
             label = goal.scorer
         found[label] = goal.weight
     return found
