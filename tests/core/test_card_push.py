@@ -197,6 +197,7 @@ def test_what_the_hub_says_becomes_one_line(tmp_path, hub):
         (refused(500), "the hub refused .500 refused.*Try again"),
         (OfflineModeIsEnabled("offline"), "could not be uploaded .offline."),
         (ConnectionError("no route"), "could not be uploaded .no route."),
+        (type("ConnectError", (HfHubHTTPError.__mro__[1],), {})("refused"), "could not be uploaded .refused."),  # not an OSError
     ):
         hub.error = error
         with pytest.raises(RunError, match=message) as caught:

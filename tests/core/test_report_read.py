@@ -44,6 +44,20 @@ def test_what_the_quickstart_wrote(tmp_path):
         assert read_run(folder).evaluation.file == "eval.json"
 
 
+def test_a_goal_is_what_the_run_was_trained_towards(tmp_path):
+    """`upo eval --goal` gives any scorer a weight of 1; what counts is the run's own configuration, where it can be read."""
+    goals = {name: {"weight": 1.0, "before": 0.1, "after": 0.2} for name in ("length", "length#2", "readability")}
+    twice = {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "length", "weight": 0.5, "high": 80}, {"scorer": "length", "weight": -2.0}, {"scorer": "column", "column": "readability_score"}]}}
+    folder = make_run(tmp_path / "run", objective=twice, evaluation=measured(goals=goals))
+    assert {name: goal.weight for name, goal in read_run(folder).evaluation.goals.items()} == {"length": 0.5, "length#2": -2.0, "readability": None}
+    config = (folder / "config.yaml").read_text()
+    for odd in ("function: 7", "function: nothing", "other: 1"):
+        (folder / "config.yaml").write_text(config.replace("high: 80", odd).replace("scorer: length", "scorer: python"))
+        assert read_run(folder).evaluation.goals["length"].weight is None
+    (folder / "config.yaml").unlink()
+    assert {goal.weight for goal in read_run(folder).evaluation.goals.values()} == {1.0}
+
+
 @pytest.mark.parametrize(
     ("weight", "interval", "verdict"),
     [

@@ -86,8 +86,11 @@ class Evaluation:
     seconds: dict[str, float]
 
 
-def read_evaluation(folder: Path, weights: Mapping[str, float], notes: list[str]) -> Evaluation | None:
-    """The newest kind there is; None without one. What cannot be read is noted and left out. `weights` of the goals by scorer."""
+def read_evaluation(folder: Path, weights: Mapping[str, float] | None, notes: list[str]) -> Evaluation | None:
+    """The newest kind there is; None without one. What cannot be read is noted and left out.
+
+    `weights` are those of the goals the run was trained towards, by label; None where that is not known.
+    """
     for name in FILES:
         path = folder / name
         if not path.is_file():
@@ -103,7 +106,7 @@ def read_evaluation(folder: Path, weights: Mapping[str, float], notes: list[str]
     return None
 
 
-def _of_eval(name: str, content: Mapping[str, Any], _: Mapping[str, float]) -> Evaluation:
+def _of_eval(name: str, content: Mapping[str, Any], weights: Mapping[str, float] | None) -> Evaluation:
     measured = {key: content[key] for key in ("accuracy", "margin", "kl", "perplexity") if key in content}
     measured |= mapping(content.get("answers"))
     return Evaluation(
@@ -112,7 +115,7 @@ def _of_eval(name: str, content: Mapping[str, Any], _: Mapping[str, float]) -> E
         prompts=_count(content.get("prompts")),
         samples=_count(content.get("samples_per_prompt")),
         rows=_count(content.get("rows")),
-        goals={clean(goal): Goal(_measure(value), number(mapping(value).get("weight"))) for goal, value in mapping(content.get("goals")).items()},
+        goals={clean(goal): Goal(_measure(value), number(mapping(value).get("weight")) if weights is None else weights.get(goal)) for goal, value in mapping(content.get("goals")).items()},
         measures={clean(key): _measure(value) for key, value in measured.items()},
         win_rate=_win_rate(content.get("win_rate")),
         answers=_answers(content.get("samples")),
@@ -120,7 +123,7 @@ def _of_eval(name: str, content: Mapping[str, Any], _: Mapping[str, float]) -> E
     )
 
 
-def _of_quickstart(name: str, content: Mapping[str, Any], weights: Mapping[str, float]) -> Evaluation:
+def _of_quickstart(name: str, content: Mapping[str, Any], weights: Mapping[str, float] | None) -> Evaluation:
     before, after = mapping(content.get("before")), mapping(content.get("after"))
     both: dict[str, Measure] = {key: Measure(number(before[key]), number(after.get(key)), None) for key in ("accuracy", "grade", "words", "repetition", "empty") if key in before}
     goal = Measure(number(before.get("reward")), number(after.get("reward")), _interval(content.get("reward_change")))
@@ -130,7 +133,7 @@ def _of_quickstart(name: str, content: Mapping[str, Any], weights: Mapping[str, 
         prompts=_count(content.get("prompts")),
         samples=_count(content.get("samples")),
         rows=None,
-        goals={"readability": Goal(goal, weights.get("readability"))},
+        goals={"readability": Goal(goal, (weights or {}).get("readability"))},
         measures=both,
         win_rate=None,
         answers=_answers(content.get("answers")),

@@ -113,7 +113,9 @@ def _send(stage: Path, repo: str, public: bool, name: str) -> str:
         status = getattr(error.response, "status_code", None)
         remedy = "Log in with `hf auth login` as somebody who may write there." if status in (401, 403) else "Try again."
         raise RunError(f"{repo}: the hub refused ({_line(error)}). {remedy} Files that had gone up stay out of sight until the commit.") from None
-    except (OSError, ValueError) as error:  # no connection, offline mode, and what the library checks itself
+    except RunError:
+        raise
+    except Exception as error:  # no connection, in whichever way the HTTP library of the day says so; offline mode; what the hub's library checks itself
         raise RunError(f"{repo}: could not be uploaded ({_line(error)}). Nothing was committed; try again with a connection.") from None
     return str(done)
 

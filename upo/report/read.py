@@ -12,6 +12,7 @@ from upo.config import RunConfig, load_config
 from upo.errors import ConfigError, RunError
 from upo.report.evaluation import Evaluation, read_evaluation
 from upo.report.plain import clean, mapping, number
+from upo.rewards import SCORERS, unique_label
 from upo.train.manifest import is_manifest
 from upo.train.run import CONTENTS, Run
 
@@ -97,7 +98,7 @@ def read_run(folder: Path) -> Told:
         steps=[r for r in records if not r.get("eval")],
         evals=[r for r in records if r.get("eval")],
         summary=summary,
-        evaluation=read_evaluation(folder, {goal.scorer: goal.weight for goal in config.objective.goals} if config else {}, notes),
+        evaluation=read_evaluation(folder, None if config is None else _weights(config), notes),
         notes=notes,
     )
     if not told.finished:
@@ -126,6 +127,18 @@ def _config(folder: Path, notes: list[str]) -> tuple[RunConfig | None, str]:
     except ConfigError as error:
         notes.append(f"config.yaml is not one that this version of upo reads ({clean(str(error)).splitlines()[0]}); it is shown as it is.")
         return None, config_text
+
+
+def _weights(config: RunConfig) -> dict[str, float]:
+    """Label of each goal, as in results, -> its weight. No scorer is run or looked into."""
+    found: dict[str, float] = {}
+    for goal in config.objective.goals:
+        try:
+            label = unique_label(SCORERS[goal.scorer](**(goal.model_extra or {})), list(found))
+        except (ConfigError, KeyError, TypeError, ValueError, AttributeError):  # of another version, or never right
+            label = goal.scorer
+        found[label] = goal.weight
+    return found
 
 
 def _json(path: Path, notes: list[str], needed: bool = True) -> dict[str, Any]:
