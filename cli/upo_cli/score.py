@@ -43,13 +43,14 @@ def score(
     """Score every completion of FILE and write the same rows, with the scores, to OUT.
 
     Pairs get the columns NAME_chosen and NAME_rejected, groups a list NAME, unpaired rows a number NAME. Train on them with
-    {scorer: column, column: NAME}.
+    {scorer: column, column: NAME}. `upo scorers` lists the scorers and their options.
+
+    Scores are kept as they are found: a run that was stopped goes on when the same command is given again.
 
     \b
-    Scorers:
-      readability   plain English by reading level; grade=consensus for the paper's
-      length        brevity; low=20, high=100 (words)
-      python        your own: function=FILE.py:NAME, with --allow-code
+    Examples:
+      upo score pairs.jsonl --reward readability --reward length:high=80 --out scored.jsonl
+      upo score pairs.jsonl --reward python:function=mine.py:score --allow-code --out scored.jsonl
     """
     from upo_cli.progress import reporting
 
@@ -125,15 +126,9 @@ def _scorers(rewards: Sequence[str], allow_code: bool) -> dict[str, Scorer]:
 
 
 def _score_rows(rows: Sequence[Row], scorer: Scorer, reporter: Any) -> list[list[float]]:
-    from upo.data.text import readable
-    from upo.rewards import Answer
+    from upo.rewards.total import row_answers
 
-    answers = [
-        Answer(row.origin, readable(row.prompt), readable(text), {name: values[i] for name, values in row.columns.items()})
-        for row in rows
-        for i, text in enumerate(row.completions)
-    ]
-    values = iter(scorer.score(answers, reporter))
+    values = iter(scorer.score([answer for row in rows for answer in row_answers(row)], reporter))
     return [[next(values) for _ in row.completions] for row in rows]
 
 
@@ -177,7 +172,7 @@ def _write(out: Path, rows: Sequence[str]) -> None:
 def _summary(rows: Sequence[Row], by_row: Sequence[Sequence[float]], scorer: Scorer) -> dict[str, Any]:
     values = [value for row in by_row for value in row]
     pairs = [row_values for row, row_values in zip(rows, by_row, strict=True) if row.kind == "pair"]
-    bounded = scorer.range is not None
+    bounded = scorer.card.range == (0.0, 1.0)
     return {
         "completions": len(values),
         "mean": _mean(values),
