@@ -144,7 +144,7 @@ def test_length() -> None:
 def test_column() -> None:
     rows = [Answer("d.jsonl:1", "p", "t", {"toxicity": 0.25}), Answer("d.jsonl:2", "p", "t", {"tox": 1.0})]
     scorer = build_scorer("column", column="toxicity")
-    assert scorer.score(rows[:1]) == [0.25] and scorer.label == "toxicity"
+    assert scorer.score(rows[:1]) == [0.25] and scorer.title == "toxicity"
     with pytest.raises(DataError, match=r'd\.jsonl:2: no number in column "toxicity".*Known: tox'):
         scorer.score(rows)
     with pytest.raises(DataError, match=r"d\.jsonl:3: .* holds nan"):
@@ -232,7 +232,7 @@ def test_a_function_gets_prompts_and_completions_and_nothing_is_cached(code, cac
     assert scorer.score(answers("a", "bb", "a")) == [16.0, 26.0, 16.0]
     assert scorer.score([Answer("d:1", "p", "a"), Answer("d:2", "pp", "a")]) == [11.0, 12.0]
     assert not cache.exists()
-    assert build_scorer("python", True, function="builtins:len").label == "len"  # MODULE:NAME
+    assert build_scorer("python", True, function="builtins:len").title == "len"  # MODULE:NAME
 
 
 def test_numpy_results_are_numbers(code) -> None:

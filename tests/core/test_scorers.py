@@ -129,3 +129,35 @@ def test_json_schema(tmp_path: Path) -> None:
 )
 def test_format(rule: str, kept: list[str], broken: list[str]) -> None:
     assert scores("format", *kept, *broken, rule=rule) == [1.0] * len(kept) + [0.0] * len(broken)
+
+
+# --- Models that come with a package ----------------------------------------------------------------------------------------------
+
+
+def test_sentiment() -> None:
+    """Values that VADER's authors publish in its README."""
+    pytest.importorskip("vaderSentiment", reason='needs the extra: pip install "upo[rewards]"')
+    published = {
+        "VADER is smart, handsome, and funny.": 0.8316,
+        "VADER is not smart, handsome, nor funny.": -0.7424,
+        "Today SUX!": -0.5461,
+        "The book was good.": 0.4404,
+        "": 0.0,
+    }
+    assert scores("sentiment", *published) == list(published.values())
+
+
+def test_profanity() -> None:
+    """Sides of 0.5 that its README and the wording itself leave no doubt about; the exact numbers change with its training."""
+    pytest.importorskip("profanity_check", reason='needs the extra: pip install "upo[rewards]"')
+    clean = ["predict() takes an array and returns a 1 or 0 for each.", "Thank you, that is very kind.", "The weather is nice today."]
+    foul = ["go to hell, you scum", "fuck you, you stupid bitch", "You dumb asshole."]
+    found = scores("profanity", *clean, *foul)
+    assert min(found[:3]) > 0.8 and max(found[3:]) < 0.5 and all(0 <= value <= 1 for value in found)
+
+
+@pytest.mark.parametrize(("name", "module"), [("sentiment", "vaderSentiment.vaderSentiment"), ("profanity", "profanity_check")])
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, name: str, module: str) -> None:
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(UpoError, match=r'is not installed\. Install it with: pip install "upo\[rewards\]"'):
+        build_scorer(name)

@@ -209,7 +209,7 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (package / "mine_scorers.py").write_text("def shout(prompts, completions):\n    return [float(c.isupper()) for c in completions]\n")
     monkeypatch.syspath_prepend(str(package))
     scorer = build_scorer("python", True, function="shout")
-    assert scorer.label == "shout" and scorer.score(answers("HEY", "hey")) == [1.0, 0.0]
+    assert scorer.title == "shout" and scorer.score(answers("HEY", "hey")) == [1.0, 0.0]
     with pytest.raises(UpoError, match=r'no entry point "shoot"\. Did you mean "shout"\?'):
         build_scorer("python", True, function="shoot")
 

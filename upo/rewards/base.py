@@ -62,7 +62,7 @@ class Scorer:
             raise ConfigError(str(error)) from None
 
     @property
-    def label(self) -> str:
+    def title(self) -> str:
         """Name of its column in results."""
         return self.name
 

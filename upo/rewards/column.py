@@ -40,7 +40,7 @@ class Column(Scorer):
             raise ConfigError("column: name the column, e.g. {scorer: column, column: toxicity}.")
 
     @property
-    def label(self) -> str:
+    def title(self) -> str:
         return self.column
 
     def score(self, answers: Sequence[Answer], reporter: Reporter | None = None) -> list[float]:

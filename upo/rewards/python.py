@@ -59,7 +59,7 @@ class Python(TextScorer):
             raise ConfigError(f'python: function must be FILE.py:NAME, MODULE:NAME or an entry point of {GROUP} (got "{self.function}").')
 
     @property
-    def label(self) -> str:
+    def title(self) -> str:
         return self.function.rpartition(":")[2]
 
     @property

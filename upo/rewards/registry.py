@@ -8,6 +8,7 @@ from typing import Any
 from upo.errors import ConfigError, did_you_mean
 from upo.losses.options import defaults, typed
 from upo.rewards.base import Scorer
+from upo.rewards.classifier import Classifier
 from upo.rewards.column import Column
 from upo.rewards.diversity import Diversity
 from upo.rewards.format import Format
@@ -15,11 +16,18 @@ from upo.rewards.json_schema import Json
 from upo.rewards.length import Length
 from upo.rewards.length_match import LengthMatch
 from upo.rewards.pattern import Pattern
+from upo.rewards.profanity import Profanity
 from upo.rewards.python import Python
 from upo.rewards.readability import Readability
 from upo.rewards.repetition import Repetition
+from upo.rewards.reward_model import RewardModel
+from upo.rewards.sentiment import Sentiment
+from upo.rewards.toxicity import Toxicity
 
-ALL: tuple[type[Scorer], ...] = (Readability, Length, LengthMatch, Repetition, Diversity, Pattern, Json, Format, Column, Python)
+ALL: tuple[type[Scorer], ...] = (
+    Readability, Length, LengthMatch, Repetition, Diversity, Sentiment, Profanity, Toxicity, Classifier, RewardModel, Pattern, Json, Format,
+    Column, Python,
+)  # fmt: skip
 SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in ALL}
 
 
@@ -45,5 +53,5 @@ def build_scorer(name: str, allow_code: bool = False, **options: Any) -> Scorer:
 
 def unique_label(scorer: Scorer, taken: Sequence[str]) -> str:
     """The scorer's label, numbered where it is taken: length, length#2, ..."""
-    numbered = (f"{scorer.label}#{n}" if n > 1 else scorer.label for n in range(1, len(taken) + 2))
+    numbered = (f"{scorer.title}#{n}" if n > 1 else scorer.title for n in range(1, len(taken) + 2))
     return next(label for label in numbered if label not in taken)

@@ -40,7 +40,7 @@ def score_texts(scorer: TextScorer, answers: Sequence[Answer], reporter: Reporte
 
 def _score(scorer: TextScorer, todo: dict[bytes, Answer], cache: RewardCache | None, reporter: Reporter) -> dict[bytes, float]:
     found: dict[bytes, float] = {}
-    reporter.start(f"score {scorer.label}", len(todo), "answers")
+    reporter.start(f"score {scorer.title}", len(todo), "answers")
     keys = list(todo)
     batches = [keys[i : i + scorer.batch] for i in range(0, len(keys), scorer.batch)]
 
@@ -52,7 +52,7 @@ def _score(scorer: TextScorer, todo: dict[bytes, Answer], cache: RewardCache | N
     try:
         with scorer.ready(len(todo), reporter) as ready:
             for i, values in _run(ready, [[todo[key] for key in batch] for batch in batches]):
-                new = dict(zip(batches[i], checked(scorer.label, values, [todo[key] for key in batches[i]]), strict=True))
+                new = dict(zip(batches[i], checked(scorer.title, values, [todo[key] for key in batches[i]]), strict=True))
                 if cache:
                     cache.write(new)
                 found.update(new)
@@ -63,7 +63,7 @@ def _score(scorer: TextScorer, todo: dict[bytes, Answer], cache: RewardCache | N
         raise type(error)(f"{error}{kept()}") from error
     except KeyboardInterrupt:
         if kept():
-            reporter.warn(f"Scorer {scorer.label}:{kept()}")
+            reporter.warn(f"Scorer {scorer.title}:{kept()}")
         raise
     return found
 
@@ -118,11 +118,11 @@ def checked(label: str, values: Any, answers: Sequence[Answer]) -> list[float]:
 def _spot_check(scorer: TextScorer, ready: Ready, todo: dict[bytes, Answer], found: dict[bytes, float], reporter: Reporter) -> None:
     """Score a few answers again, in other company, and warn where the score is another."""
     keys = list(todo)[:: max(1, len(todo) // SPOTS)][:SPOTS]
-    again = [checked(scorer.label, ready.score([todo[key]]), [todo[key]])[0] for key in keys]
+    again = [checked(scorer.title, ready.score([todo[key]]), [todo[key]])[0] for key in keys]
     changed = [(key, now) for key, now in zip(keys, again, strict=True) if abs(now - found[key]) > SAME * max(1.0, abs(found[key]))]
     if changed:
         key, now = changed[0]
         reporter.warn(
-            f"Scorer {scorer.label} gives the same answer different scores ({todo[key].origin}: {found[key]:.4g}, then {now:.4g}; "
+            f"Scorer {scorer.title} gives the same answer different scores ({todo[key].origin}: {found[key]:.4g}, then {now:.4g}; "
             f"{len(changed)} of {len(keys)} asked again). The first are used; make it independent of chance and of what else is scored."
         )

@@ -71,8 +71,8 @@ class Worker:
         for answer in batch:  # one of them is the one
             reply = self._ask([answer])
             if reply is None:
-                raise DataError(f"{answer.origin}: scorer {self.scorer.label} {self.end}.")
-            singles += checked(self.scorer.label, reply["scores"], [answer])
+                raise DataError(f"{answer.origin}: scorer {self.scorer.title} {self.end}.")
+            singles += checked(self.scorer.title, reply["scores"], [answer])
         return singles
 
     def _ask(self, batch: Sequence[Answer]) -> dict[str, Any] | None:
@@ -115,7 +115,7 @@ class Worker:
         ready = _exchange(process, json.dumps({"scorer": self.scorer.name, "options": asdict(self.scorer)}))
         if not ready:
             process.kill()
-            raise UpoError(f"scorer {self.scorer.label}: its process could not be started (exit code {process.wait()}); see above.")
+            raise UpoError(f"scorer {self.scorer.title}: its process could not be started (exit code {process.wait()}); see above.")
         reply = json.loads(ready)
         if "error" in reply:
             process.kill()
