@@ -198,7 +198,7 @@ def test_reward_model_sees_every_turn(reward_model: Path) -> None:
 def test_what_is_no_reward_model_is_refused(tmp_path: Path, reward_model: Path, tiny_llama: Path) -> None:
     with pytest.raises(ConfigError, match=r"has 2 outputs \(bad, good\), a reward model has one"):
         build_scorer("reward_model", model=str(write_bert(tmp_path / "m", ["bad", "good"]))).score(answers("a"))
-    with pytest.raises(ModelError, match="has no chat template. Use input: pair"):
+    with pytest.raises(ModelError, match=r"has no chat template\. Use input: pair"):
         build_scorer("reward_model", model=str(write_bert(tmp_path / "one", ["r"], [1.5]))).score(answers("a"))
     assert build_scorer("reward_model", model=str(tmp_path / "one"), input="pair").score(answers("a")) == [1.5]
     with pytest.raises(ModelError, match=r"the weights lack score\.weight: this is no trained classifier"):

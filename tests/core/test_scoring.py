@@ -122,6 +122,7 @@ def test_many_answers_go_to_several_processes_with_the_same_result(monkeypatch: 
     monkeypatch.setenv("UPO_CACHE", str(tmp_path / "other"))
     monkeypatch.setattr("upo.rewards.base.WORTH_IT", 300)
     monkeypatch.setattr("upo.rewards.base.cores", lambda: 3)
+    monkeypatch.setattr("upo.rewards.length.Length.batch", 50)
     started: list[int] = []
     start = workers.Worker._start
 
@@ -265,6 +266,6 @@ def test_of_two_processes_one_scores(fake: Fake, tmp_path: Path) -> None:
         while not listener.said:
             thread.join(0.01)
         assert "Waiting for another process" in listener.said[0]
-        cache.write({fake.key(answers("a")[0]): 7.0, fake.key(answers("bb")[0]): 8.0})
+        cache.write({fake.digest(answers("a")[0]): 7.0, fake.digest(answers("bb")[0]): 8.0})
     thread.join(30)
     assert found == [7.0, 8.0] and Fake.asked == []

@@ -80,7 +80,7 @@ class TextScorer(Scorer):
 
     reads: ClassVar[tuple[str, ...]] = ("text",)  # of Answer: what the score depends on
     volatile: ClassVar[frozenset[str]] = frozenset()  # options that do not change a score
-    batch: ClassVar[int] = 64  # answers at once
+    batch: ClassVar[int] = 512  # answers at once
     isolated: ClassVar[bool] = False  # runs in a process of its own, which is ended when a batch takes longer than `limit` seconds
     one_process: ClassVar[bool] = False  # must not run several times at once
     spot_check: ClassVar[bool] = False  # whether the same text might score differently: a few are scored again
@@ -99,7 +99,7 @@ class TextScorer(Scorer):
         options = {name: value for name, value in asdict(self).items() if name not in self.volatile}
         return json.dumps([self.name, self.version, options], sort_keys=True)
 
-    def key(self, answer: Answer) -> bytes:
+    def digest(self, answer: Answer) -> bytes:
         """Hash of what the score depends on."""
         return hashlib.sha256(json.dumps([getattr(answer, name) for name in self.reads]).encode()).digest()
 

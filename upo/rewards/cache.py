@@ -57,7 +57,13 @@ class RewardCache:
         if self.path is None:
             yield
             return
-        with self.path.with_suffix(".lock").open("a") as lock:
+        try:
+            lock = self.path.with_suffix(".lock").open("a")
+        except OSError as error:
+            self._without(error)
+            yield
+            return
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -41,6 +41,7 @@ class Json(TextScorer):
         offline="yes",
     )
     volatile: ClassVar[frozenset[str]] = frozenset({"limit"})
+    batch: ClassVar[int] = 64
     isolated: ClassVar[bool] = True
 
     def identity(self) -> str:

@@ -28,6 +28,7 @@ class ModelScorer(TextScorer):
     dtype: str = option("float32", choices=DTYPES)
 
     batch: ClassVar[int] = 16
+    lost: ClassVar[str] = "their end"  # of answers that are too long
 
     def check(self) -> None:
         if not installed("torch"):
@@ -56,5 +57,3 @@ class ModelScorer(TextScorer):
                 f"Scorer {self.title}: {classifier.cut:,} of {count:,} answers have more than the {classifier.limit:,} tokens that {self.model} reads; "
                 f"{self.lost} was not scored."
             )
-
-    lost: ClassVar[str] = "their end"

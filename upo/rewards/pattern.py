@@ -36,6 +36,7 @@ class Pattern(TextScorer):
         offline="yes",
     )
     volatile: ClassVar[frozenset[str]] = frozenset({"limit"})
+    batch: ClassVar[int] = 64
     isolated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

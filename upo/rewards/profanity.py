@@ -16,7 +16,7 @@ class Profanity(TextScorer):
     """Clean language: 1 - the probability of offensive language that alt-profanity-check gives. A stand-in for `toxicity` without network.
 
     A linear model over words and characters that comes with the package, trained on 200,000 labelled comments and tweets. It knows
-    swearwords, insults and slurs, and little else: a polite threat passes. English only.
+    swearwords, insults and slurs, and little else: a polite threat passes. English only. The package pins the scikit-learn it was made with.
     """
 
     name: ClassVar[str] = "profanity"

@@ -48,6 +48,7 @@ class Python(TextScorer):
     )
     reads: ClassVar[tuple[str, ...]] = ("prompt", "text")
     volatile: ClassVar[frozenset[str]] = frozenset({"limit"})
+    batch: ClassVar[int] = 64
     isolated: ClassVar[bool] = True
     one_process: ClassVar[bool] = True
     spot_check: ClassVar[bool] = True

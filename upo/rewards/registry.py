@@ -12,7 +12,9 @@ from upo.rewards.classifier import Classifier
 from upo.rewards.column import Column
 from upo.rewards.diversity import Diversity
 from upo.rewards.format import Format
+from upo.rewards.implicit import Implicit
 from upo.rewards.json_schema import Json
+from upo.rewards.judge import Judge
 from upo.rewards.length import Length
 from upo.rewards.length_match import LengthMatch
 from upo.rewards.pattern import Pattern
@@ -25,7 +27,7 @@ from upo.rewards.sentiment import Sentiment
 from upo.rewards.toxicity import Toxicity
 
 ALL: tuple[type[Scorer], ...] = (
-    Readability, Length, LengthMatch, Repetition, Diversity, Sentiment, Profanity, Toxicity, Classifier, RewardModel, Pattern, Json, Format,
+    Readability, Length, LengthMatch, Repetition, Diversity, Sentiment, Profanity, Toxicity, Classifier, RewardModel, Implicit, Judge, Pattern, Json, Format,
     Column, Python,
 )  # fmt: skip
 SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in ALL}

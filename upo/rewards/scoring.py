@@ -23,7 +23,7 @@ def score_texts(scorer: TextScorer, answers: Sequence[Answer], reporter: Reporte
 
     Raises UpoError or DataError, which names the row; they say how many scores are kept on disk for the next time.
     """
-    keys = [scorer.key(answer) for answer in answers]
+    keys = [scorer.digest(answer) for answer in answers]
     distinct = dict(zip(keys, answers, strict=True))
     cache = RewardCache(scorer.name, scorer.identity(), reporter) if scorer.remembered else None
     known = cache.read(distinct) if cache else {}

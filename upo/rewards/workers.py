@@ -93,7 +93,7 @@ class Worker:
         finally:
             if timer:
                 timer.cancel()
-        if line:
+        if line.endswith("\n"):  # else it ended in the middle of it
             reply = json.loads(line)
             if "error" in reply:
                 raise getattr(errors, reply["kind"])(reply["error"])
