@@ -121,11 +121,26 @@ class RewardConfig(Section):
     model_config = ConfigDict(extra="allow")
     scorer: str = Field(description="name of the scorer")
     weight: float = Field(1.0, description="factor of this goal in the total reward; negative for something to avoid")
+    normalise: Literal["none", "zscore", "quantile"] = Field(
+        "none", description="before weighting: `zscore`, or `quantile` (0 to 1), fitted on the training rows and saved in manifest.json"
+    )
+    clip: tuple[float, float] | None = Field(None, description="lowest and highest value after that; what lies outside is set to the nearer one")
 
     @model_validator(mode="before")
     @classmethod
     def _name_alone(cls, data: Any) -> Any:
         return {"scorer": data} if isinstance(data, str) else data
+
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _bounds(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        bounds = [_as_number(v) for v in value] if isinstance(value, (list, tuple)) else []
+        if len(bounds) != 2 or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < float("inf") for v in bounds) or bounds[0] >= bounds[1]:
+            raise ValueError("must be two numbers, the lower one first, e.g. [-3, 3]")
+        return tuple(bounds)
 
 
 class ValueConfig(Section):

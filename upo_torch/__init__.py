@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from upo.backend import Learner
     from upo.config import RunConfig
+    from upo_torch.classify import Classifier
 
 name = "torch"
 
@@ -17,6 +20,14 @@ def load(config: RunConfig) -> Learner:
     from upo_torch.loading import load_learner
 
     return load_learner(config)
+
+
+def classifier(folder: Path, dtype: str) -> Classifier:
+    """A sequence classifier or reward model from a folder that `upo.models.resolve` has checked."""
+    _need("torch", "transformers")
+    from upo_torch.classify import Classifier
+
+    return Classifier(folder, dtype)
 
 
 def fast_dtype() -> str:

@@ -220,7 +220,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
         config = CONFIG_MAPPING[kind].from_dict(_without_dropout(raw))
         if config.is_encoder_decoder:
             raise ModelError(f"{folder}: {kind} is an encoder-decoder; upo trains decoder-only language models. Use another model.")
-        with _quiet():
+        with quiet():
             load: Any = AutoModelForCausalLM.from_pretrained
             net, loaded = load(
                 folder,
@@ -249,7 +249,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its progress bar and its report on the weights, which is told in our words."""
     from transformers.utils import logging
 

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "push": ("upo_cli.push:push", "Upload the result of a run to the model hub; a dry run first."),
     "data": ("upo_cli.data:data", "Look at preference data before training on it."),
     "score": ("upo_cli.score:score", "Write reward scores into a data file."),
+    "scorers": ("upo_cli.scorers:scorers", "List the scorers, or explain one: what it measures, options, licence."),
     "losses": ("upo_cli.losses:losses", "List the losses, or explain one: formula, options, source."),
     "doctor": ("upo_cli.doctor:doctor", "Say what is installed, what is missing, and the command that mends it."),
 }

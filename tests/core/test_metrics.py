@@ -117,7 +117,7 @@ def scored():
     learner = FakeLearner(config)
     learner.adapter = {name: np.full_like(value, 0.1 * i + 0.3) for i, (name, value) in enumerate(learner.adapter.items())}
     learner.head["4.weight"] = np.linspace(0, 1, VOCAB, dtype=np.float32)[None]
-    rows = score_examples(assign_partners(pairs(13, seed=1), 0, 64), config.objective.auxiliary.rewards)
+    rows, _ = score_examples(assign_partners(pairs(13, seed=1), 0, 64), config.objective.auxiliary.rewards)
     return learner, config.objective.build(), with_reference(config, learner, "fake", rows, "eval", Silent()).examples
 
 

@@ -45,7 +45,7 @@ def test_label_follows_its_rule_and_says_nothing_about_readability(split: str) -
     found = pairs(split)
     assert all(opens_with_comma(p.chosen) and not opens_with_comma(p.rejected) for p in found)
     sides = [[t for p in found for t in (p.chosen, p.rejected)]][0]
-    reward = np.array(Readability()([""] * len(sides), sides))
+    reward = np.array([Readability().one(t) for t in sides])
     label = np.tile([1.0, -1.0], len(found))
     assert abs(np.corrcoef(label, reward)[0, 1]) < 0.1
     assert abs(np.corrcoef(label, [len(words(text)) for text in sides])[0, 1]) < 0.1
@@ -62,7 +62,7 @@ def test_completions_end_where_a_turn_may_end(split: str) -> None:
 
 
 def test_goal_can_be_learned_from_the_rows() -> None:
-    reward = np.array(Readability()([""] * 240, [t for p in pairs("train") for t in (p.chosen, p.rejected)]))
+    reward = np.array([Readability().one(t) for p in pairs("train") for t in (p.chosen, p.rejected)])
     assert 0.1 < reward.mean() < 0.5 and reward.std() > 0.2
     assert (reward == 0).mean() < 0.7
 

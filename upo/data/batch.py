@@ -36,6 +36,7 @@ class Example:
     partner_ref_logp: tuple[float, ...] | None = None
     anchor_ref_logp: float | None = None
     embedding: np.ndarray | None = None  # [E] float32, of the prompt, of unit length
+    prompt_turns: tuple[dict[str, Any], ...] = ()  # the prompt as messages, where the row has a conversation
 
     @property
     def tokens(self) -> int:

@@ -49,7 +49,7 @@ class Printed(Silent):
 
 def readability(text: str) -> float:
     """R1, the goal that the label must say nothing about."""
-    return float(Readability()([""], [text])[0])
+    return Readability().one(text)
 
 
 def sample(learner: Learner, tokenizer: Tokenizer, questions: Sequence[str], sampling: Sampling, reporter: Reporter) -> list[list[str]]:
