@@ -318,6 +318,11 @@ class TrainConfig(Section):
     keep_best: str | None = Field(None, description="metric by which the best evaluated checkpoint is kept as well (below); needs `eval_every`")
     early_stopping: EarlyStoppingConfig | None = Field(None, description="end the run when a metric no longer gets better; needs `eval_every`")
 
+    @field_validator("prefix_sharing", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # which is how YAML reads a bare off
+
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _choice(cls, value: Any) -> Any:

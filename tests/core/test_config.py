@@ -190,6 +190,14 @@ def test_anchors_are_not_duplicates(tmp_path):
     assert load_config(path).objective.build().preference == (Term(DPO(beta=0.3)), Term(DPO(beta=0.3), 2.0))
 
 
+def test_a_bare_off_is_the_word(tmp_path):
+    """YAML reads it as false."""
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: {train: a}\nobjective: {preference: dpo}\ntrain: {prefix_sharing: off}\n")
+    assert load_config(path).train.prefix_sharing == load_config(path, ["train.prefix_sharing=off"]).train.prefix_sharing == "off"
+    assert "must be" in refused(path, "train.prefix_sharing=on")
+
+
 def test_overrides():
     data = {**MINIMAL, "objective": {"preference": {"loss": "kto", "beta": 0.1}}}
     config = load_config(data, ["optimizer.lr=1e-5", "objective.preference.beta=0.2", "data.eval=other.jsonl", "adapter.targets=[q_proj, v_proj]"])

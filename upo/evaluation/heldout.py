@@ -37,7 +37,7 @@ class HeldOut:
     def metrics(self, learner: Learner) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """The numbers of the policy as it is, and by name the values per pair behind `accuracy` and `margin`. Raises NonFiniteError."""
         logp = np.zeros(len(self.batch.label), np.float32)
-        for rows in micro_batches(self.batch, self.limit, layout=learner.info.layout):
+        for rows in micro_batches(self.batch, self.limit, layout=learner.info.layout, device=learner.info.device):
             part, places = self.batch.select(rows)
             logp[places.completions] = learner.logps(part.forest)
         if bad := bad_rows(self.batch, logp):

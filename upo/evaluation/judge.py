@@ -41,7 +41,7 @@ class ScorerJudge:
 
     @property
     def name(self) -> str:
-        return self.scorer.label
+        return self.scorer.title
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
         a, b = self.scorer.score([Answer("the judge's first answer", prompt, first), Answer("the judge's second answer", prompt, second)], self.reporter)

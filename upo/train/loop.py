@@ -136,7 +136,7 @@ class Loop:
             "grad_norm": float(outcome.grad_norm),
             **({"value_grad_norm": float(outcome.value_grad_norm)} if self.objective.needs & {"value", "token_values"} else {}),
             **self._speed(batch, seconds),
-            **figures(batch_work(batch, self.limit, self.ranks, self.learner.info.layout), self.learner.info, seconds, self.ranks, trained=True),
+            **figures(batch_work(batch, self.limit, self.ranks, self.learner.info), self.learner.info, seconds, self.ranks, trained=True),
         }
         self._log(record)
         self.lines.append(record)
@@ -152,7 +152,7 @@ class Loop:
         found = evaluate(self.learner, self.objective, self.evaluation, step, self.limit * self.ranks)
         seconds, info = time.perf_counter() - began, self.learner.info
         if self._evaluation_work is None:
-            self._evaluation_work = evaluation_work(self.evaluation, self.limit, self.ranks, info.layout)
+            self._evaluation_work = evaluation_work(self.evaluation, self.limit, self.ranks, info)
         work = figures(self._evaluation_work, info, seconds, self.ranks, trained=False)
         record = {"step": step, "eval": True, **found, **self._speed(self.evaluation, seconds), **work, **(self.fresh() if self.fresh else {})}
         self.evaluations.append(record)
