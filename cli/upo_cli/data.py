@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from upo_cli.goals import layout_option
 from upo_cli.options import echo_json, json_option
@@ -61,7 +62,11 @@ def check(
     from upo.data.check import check as check_file
 
     tokenizer = None
-    if model is not None:
+    if model is None:
+        given = [name for name in ("revision", "max_length", "overflow") if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if given:
+            raise click.UsageError(f"--{given[0].replace('_', '-')} needs the model's tokens: add --model M.")
+    else:
         from upo.data.tokenizer import load_tokenizer
         from upo.models import resolve
 

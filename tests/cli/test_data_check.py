@@ -189,3 +189,9 @@ def test_real_pairs(harmless_pairs):
 def test_help_and_a_check_in_words_import_no_framework():
     code = "import sys; from upo_cli.data import data; print(sorted({'numpy', 'rich', 'pydantic', 'yaml', 'torch', 'mlx'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("option", [("--max-length", "60"), ("--overflow", "drop"), ("--revision", "main")])
+def test_options_about_tokens_need_a_model(check, option):
+    code, _, err = check(ROWS, *option)
+    assert code == 2 and f"{option[0]} needs the model's tokens: add --model M." in err

@@ -140,6 +140,14 @@ def test_prompts_from_files_and_standard_input(fake):
     assert [p[0]["content"] for p in fake.prompts] == ["five", "six", "seven"]
 
 
+def test_only_a_line_break_ends_a_line(fake):
+    """Not the separators that str.splitlines knows besides, which JSON leaves as they are within a text; and no byte order mark is a prompt's."""
+    Path("p.jsonl").write_text('\ufeff{"prompt": "a\u2028b"}\r\n{"prompt": "c\x85d"}\n', newline="")
+    Path("p.txt").write_text("\ufeffe\x0bf\r\ng\n", newline="")
+    assert upo("--model", "m", "--file", "p.jsonl").exit_code == upo("--model", "m", "--file", "p.txt").exit_code == 0
+    assert [p[0]["content"] for p in fake.prompts] == ["a\u2028b", "c\x85d", "e\x0bf", "g"]
+
+
 def test_without_a_chat_template_the_prompt_is_plain_text(fake):
     fake.has_template = False
     result = upo("--model", "m", "--prompt", "ab")
@@ -160,7 +168,11 @@ def test_without_a_chat_template_the_prompt_is_plain_text(fake):
         (["--model", "m", "--file", "empty.txt"], 1, "empty.txt: no prompt in it."),
         (["--model", "m", "--file", "bad.jsonl"], 1, "bad.jsonl:2: not valid JSON"),
         (["--model", "m", "--file", "wrong.jsonl"], 1, "wrong.jsonl:1: no prompt here."),
-        (["--model", "m", "--prompt", " "], 1, "prompt 1: it is empty."),
+        (["--model", "m", "--file", "turns.jsonl"], 1, 'turns.jsonl:1: "content" of "prompt[0]" is null; only text is supported.'),
+        (["--model", "m", "--file", "half.jsonl"], 1, 'half.jsonl:1: "prompt" holds half of a surrogate pair'),
+        (["--model", "m", "--file", "deep.jsonl"], 1, "deep.jsonl:1: not valid JSON"),
+        (["--model", "m", "--file", "answered.jsonl"], 1, "answered.jsonl:1: the prompt ends in an assistant turn; end it with a user turn."),
+        (["--model", "m", "--prompt", "a", "--prompt", " "], 1, "--prompt 2: the prompt is empty."),
         (["--model", "m", "--prompt", "a", "--top-p", "0"], 2, "--top-p"),
         (["--model", "m", "--prompt", "a", "--max-tokens", "0"], 2, "--max-tokens"),
         (["--model", "m"], 1, "standard input: no prompt in it."),
@@ -169,7 +181,11 @@ def test_without_a_chat_template_the_prompt_is_plain_text(fake):
 def test_wrong_input(fake, arguments, code, words):
     Path("empty.txt").write_text("\n")
     Path("bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    Path("wrong.jsonl").write_text('{"messages": [{"role": "user"}]}\n')
+    Path("wrong.jsonl").write_text('{"question": "a"}\n')
+    Path("turns.jsonl").write_text('{"messages": [{"role": "user"}]}\n')
+    Path("half.jsonl").write_text('{"prompt": "a \\ud800"}\n')
+    Path("deep.jsonl").write_text("[" * 100_000)
+    Path("answered.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     result = upo(*arguments)
     assert result.exit_code == code and result.stdout == ""
     assert words in result.stderr

@@ -76,9 +76,11 @@ def test_hub_failure_is_one_line_with_the_remedy(monkeypatch):
         ("a.jsonl", "", "a.jsonl: the file is empty"),
         ("a.txt", "x", "a.txt: unknown kind of file; the name must end in .jsonl"),
         ("a.parquet", "not parquet", "a.parquet: not a readable Parquet file"),
-        ("a.json", "[\n{}]", "a.json:1: a JSON array; one object a line is needed: jq -c '.[]' a.json > a.jsonl"),
+        ("a.jsonl.gz", b"\x1f\x8b", "a.jsonl.gz: unknown kind of file; the name must end in .jsonl, .json, .ndjson, .parquet, .csv. Unpack it first."),
+        ("a.json", "[\n{}]", "a.json:1: a JSON array; one object a line is needed: jq -c '.[]' a.json > a-lines.jsonl"),
+        ("a.jsonl", "\n[{}]", "a.jsonl:2: a JSON array; one object a line is needed: jq -c '.[]' a.jsonl > a-lines.jsonl"),  # not into itself
         ("a.csv", 'a,b\n1,"2\n', "a.csv:2: broken CSV"),
-        ("a.csv", b"a,b\n1,\xff\n", "a.csv:2: not UTF-8"),
+        ("a.csv", "a,b,a,b\n1,2,3,4\n", "a.csv:1: the header names a, b more than once; rename or remove one of the columns."),
     ],
 )
 def test_unreadable_file(tmp_path, name, content, message):
@@ -109,6 +111,33 @@ def test_bad_line_is_named_and_the_rest_is_read(tmp_path, line, message):
     path = write(tmp_path / "a.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
     assert f"{path}{message}" in only_error(path)
     assert [record for _, record in read(path) if isinstance(record, dict)] == [{"a": 1}, {"a": 2}]
+
+
+def test_csv_texts_stay_texts(tmp_path):
+    path = write(tmp_path / "a.csv", 'prompt,chosen,rejected,score\n12,7,nan,3\nIs it?,true,"[1, 2]",-inf\n"{x}","[{""role"": ""assistant""}]",1e5,x\n')
+    assert [record for _, record in read(path)] == [
+        {"prompt": "12", "chosen": "7", "rejected": "nan", "score": 3.0},
+        {"prompt": "Is it?", "chosen": "true", "rejected": "[1, 2]", "score": float("-inf")},
+        {"prompt": "{x}", "chosen": [{"role": "assistant"}], "rejected": "1e5", "score": "x"},
+    ]
+
+
+def test_csv_row_that_is_not_utf8_is_named_wherever_it_stands(tmp_path):
+    path = write(tmp_path / "a.csv", b"a,b\n" + b"1,2\n" * 40 + b"1,caf\xe9\n3,4\n")
+    assert only_error(path) == f"{path}:42: not UTF-8; save the file as UTF-8."
+    assert len(list(read(path))) == 42
+
+
+def test_parquet_that_is_damaged_inside(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"prompt": ["a", "b"], "chosen": ["x", "y"]}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    path = write(tmp_path / "b.parquet", whole[:20] + b"\xff" * 40 + whole[60:])  # its footer is whole
+    with pytest.raises(DataError, match=r"b\.parquet: not a readable Parquet file \(.+\)\. Write or download it again\."):
+        list(read(path))
 
 
 def test_csv_row_with_too_many_cells(tmp_path):

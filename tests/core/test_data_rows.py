@@ -255,7 +255,7 @@ def test_bad_unpaired_row(record, message):
         ({"completions": "b"}, 'f:2: "completions" is a string; give a list'),
         ({"completions": ["b", 3]}, 'f:2: "completions[1]" is a number'),
         ({"completions": ["b", ""]}, 'f:2: "completions[1]" is empty'),
-        ({"scores": [1]}, 'f:2: "scores" is 1 values for 2 completions; give a list with one for each.'),
+        ({"scores": [1]}, 'f:2: "scores" is 1 value for 2 completions; give a list with one for each.'),
         ({"scores": 1}, 'f:2: "scores" is a number for 2 completions'),
         ({"scores": [1, "x"]}, 'f:2: "scores[1]" is a string; a finite number is needed.'),
         ({"scores": [10**400, 1]}, 'f:2: "scores[0]" is a number; a finite number is needed.'),
@@ -269,6 +269,7 @@ def test_bad_group(change, message):
 
 
 def test_unknown_fields_list_the_layouts():
+    assert "in the fields prompt, chosen, rejected (null). Known" in error({"prompt": "a", "chosen": "b", "rejected": None})
     assert error({"question": "a", "answer": "b"}).startswith("f:1: no known layout in the fields question, answer. Known: prompt + chosen + rejected,")
 
 

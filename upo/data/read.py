@@ -15,6 +15,7 @@ Record = tuple[str, Mapping[str, Any] | DataError]  # ("train.jsonl:17", the row
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+)?")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv")
+_TEXTS = frozenset({"prompt", "chosen", "rejected", "completion", "anchor"})  # "7" is an answer there, not a number
 
 
 def read(source: str | Path | Iterable[Mapping[str, Any]], revision: str | None = None) -> Iterator[Record]:
@@ -42,7 +43,8 @@ def read(source: str | Path | Iterable[Mapping[str, Any]], revision: str | None 
         return _read_csv(path)
     if suffix in _SUFFIXES:
         return _read_json_lines(path)
-    raise DataError(f"{source}: unknown kind of file; the name must end in {', '.join(_SUFFIXES)}.")
+    unpack = " Unpack it first." if suffix in (".gz", ".bz2", ".xz", ".zst", ".zip") else ""
+    raise DataError(f"{source}: unknown kind of file; the name must end in {', '.join(_SUFFIXES)}.{unpack}")
 
 
 def _numbered(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
@@ -52,6 +54,7 @@ def _numbered(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
 
 def _read_json_lines(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
+        started = False
         for number, raw in enumerate(file, 1):
             origin = f"{path}:{number}"
             try:
@@ -61,8 +64,9 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
                 continue
             if not line:
                 continue
-            if number == 1 and line.startswith("["):
-                raise DataError(f"{origin}: a JSON array; one object a line is needed: jq -c '.[]' {path.name} > {path.stem}.jsonl")
+            if not started and line.startswith("["):
+                raise DataError(f"{origin}: a JSON array; one object a line is needed: jq -c '.[]' {path.name} > {path.stem}-lines.jsonl")
+            started = True
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -76,35 +80,50 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # Bytes that are not UTF-8 are read as lone surrogates, so that the row that holds them can be named.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         line = 2
         while True:
             origin = f"{path}:{line}"
             try:
+                header = list(reader.fieldnames or ())
                 record = next(reader, None)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{origin}: not UTF-8 ({error.reason}); save the file as UTF-8.") from None
             except csv.Error as error:
                 raise DataError(f"{origin}: broken CSV ({error}); JSON lines are safer for long texts.") from None
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                raise DataError(f"{path}:1: the header names {', '.join(twice)} more than once; rename or remove one of the columns.")
             if record is None:
                 return
             line = reader.line_num + 1
             if None in record:
                 yield origin, DataError(f"{origin}: more cells than the header has columns; quote texts that hold commas.")
+            elif not _is_unicode("".join(f"{key}{value}" for key, value in record.items())):
+                yield origin, DataError(f"{origin}: not UTF-8; save the file as UTF-8.")
             else:
-                yield origin, {key: _cell(value) for key, value in record.items()}
+                yield origin, {key: _cell(value, key in _TEXTS) for key, value in record.items()}
 
 
-def _cell(text: str | None) -> Any:
-    """A CSV cell: conversations and lists as JSON, numbers and true/false as such, all else as text."""
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _cell(text: str | None, words: bool) -> Any:
+    """A CSV cell: conversations and lists as JSON, numbers and true/false as such, all else as text; of `words`, conversations alone."""
     if not text:
         return text
     if text[0] in "[{":
         try:
-            return json.loads(text)
-        except ValueError:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
             return text
+        return text if words and not (isinstance(value, list) and any(isinstance(item, dict) for item in value)) else value
+    if words:
+        return text
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -119,11 +138,16 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         import pyarrow.parquet
     except ImportError:
         raise UpoError(f'{path}: reading Parquet needs pyarrow. Install it with: pip install "upo[data]"') from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from None
-    return _numbered(str(path), (row for batch in file.iter_batches() for row in batch.to_pylist()))
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise DataError(f"{path}: not a readable Parquet file ({reason[0]}). Write or download it again.") from None
+
+    return _numbered(str(path), rows())
 
 
 def _read_hub(name: str, revision: str | None) -> Iterator[Record]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from upo.data.columns import number, numeric_columns
-from upo.data.notes import Notes
+from upo.data.notes import Notes, plural
 from upo.data.read import Record, describe
 from upo.data.text import Message, Text, is_blank, is_transcript, parse_text, parse_transcript, shared_prefix, shared_turns
 from upo.errors import DataError
@@ -97,8 +97,9 @@ def detect_layout(record: Mapping[str, Any], origin: str) -> str:
         return "transcript" if is_transcript(record["chosen"]) or is_transcript(record.get("prompt")) else "preference"
     if record.get("completion") is not None:
         return "unpaired"
+    fields = [f"{name} (null)" if value is None else str(name) for name, value in record.items()]
     raise DataError(
-        f"{origin}: no known layout in the fields {', '.join(map(str, record)) or '(none)'}. Known: prompt + chosen + rejected, "
+        f"{origin}: no known layout in the fields {', '.join(fields) or '(none)'}. Known: prompt + chosen + rejected, "
         "chosen + rejected that begin alike, prompt + completion + label, prompt + completions (+ scores). Rename the fields."
     )
 
@@ -163,7 +164,7 @@ def _group(record: Mapping[str, Any], origin: str, notes: Notes, first: frozense
     for name in ("labels", "scores"):
         given = record.get(name)
         if given is not None and (not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(texts)):
-            what = f"{len(given)} values" if isinstance(given, Sequence) and not isinstance(given, str) else describe(given)
+            what = plural(len(given), "value") if isinstance(given, Sequence) and not isinstance(given, str) else describe(given)
             raise DataError(f'{origin}: "{name}" is {what} for {len(texts)} completions; give a list with one for each.')
         if given is not None and name == "labels":
             labels = tuple(_label(value, origin, f"labels[{i}]") for i, value in enumerate(given))
