@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 
@@ -93,9 +94,11 @@ def test_files_from_anywhere_never_break_the_page(tmp_path, name):
     (folder / "quickstart.json").write_text(json.dumps({**quickstart, "answers": [{"prompt": "p", "before": ["b"], "after": ["a"]}]}))
     whole = json.loads((folder / name).read_text())
 
+    values = itertools.cycle((None, "x", [1], {"a": {}}, -1, True))
+
     def variants(node):
-        """Copies of a JSON value with one part replaced."""
-        yield from (None, "x", [1], {"a": {}}, -1)
+        """Copies of a JSON value, each with one part replaced."""
+        yield next(values)
         items = node.items() if isinstance(node, dict) else enumerate(node[:2]) if isinstance(node, list) else ()
         for key, value in items:
             for other in variants(value):
@@ -104,10 +107,10 @@ def test_files_from_anywhere_never_break_the_page(tmp_path, name):
                 yield copy
 
     made = 0
-    for variant in variants(whole):
+    for variant in (*variants(whole), *variants(whole)):
         (folder / name).write_text(json.dumps(variant))
         made += "</html>" in render([read_run(folder)])
-    assert made > 40
+    assert made > 20
 
 
 def test_text_of_a_model_is_text(tmp_path):
