@@ -36,7 +36,8 @@ def lengths(folder: Path, options: argparse.Namespace) -> str:
     panels = [Panel(f"{what} a row", title, curves(found, of)) for title, found in zip(titles, (pairs, groups), strict=True) for what, of in MEASURES]
     (options.out / "lengths.svg").write_text(picture(panels, columns=len(MEASURES)), encoding="utf-8")
     runs = [run for found in (pairs, groups) for by in found.values() for run in by.values()]
-    text = f"## Length and completions per prompt\n\n{header(runs)}\nReference pass included; the faster of {STEPS} steps of one row. Half of a pair's length is prompt.\n\n"
+    text = f"## Length and completions per prompt\n\n{header(runs)}\nThe faster of {STEPS} steps of one row. "
+    text += "Pairs are trained by DPO, the reference pass included; half of a pair's length is prompt. Rows with several completions are trained on their scores.\n\n"
     for title, found in zip(titles, (pairs, groups), strict=True):
         text += listing(title, found) + "\n"
     return text + "![time and memory](lengths.svg)\n" + "".join(f"\n- {line}" for line in missing) + "\n" * bool(missing)
@@ -99,7 +100,7 @@ def listing(title: str, found: Found) -> str:
     for name, by in found.items():
         cells = [f"{row_seconds(by[n]):.2f} s, {by[n].peak_memory_gb:.2f} GB" if n in by else "–" for n in sizes]
         lines.append((name, *cells))
-    return table((title, *sizes), lines)
+    return table((title, *map(str, sizes)), lines)
 
 
 def wanted(contender: Contender, options: argparse.Namespace) -> bool:

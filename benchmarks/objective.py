@@ -13,7 +13,7 @@ from harness.runs import Contender, Failed, measure
 from harness.tables import spread, table
 from harness.work import Work
 
-LEAST_STEPS = 8
+LEAST_STEPS = 12  # pairs of steps, so that the median of their ratios is steadier than a step
 
 
 def objective(work: Work, folder: Path, options: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md, docs/cli.md, docs/metrics.md, docs/losses.md and its pictures from the code: `python docs/generate.py`. A test keeps them in step."""
+"""Writes docs/configuration.md, docs/cli.md, docs/metrics.md, docs/scorers.md, docs/losses.md and its pictures from the code: `python docs/generate.py`. A test keeps them in step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from upo.config_file import leaves, walk
 from upo.losses import FAMILIES, LOSSES, Auxiliary
 from upo.losses.base import NEEDS
 from upo.losses.options import defaults, ranges
-from upo.rewards import SCORERS
+from upo.rewards import SCORERS, Scorer
 from upo.train.metrics import NAMES
 
 DOCS = Path(__file__).parent
@@ -99,6 +99,60 @@ The pictures show one pair, 50 tokens each, as its chosen completion gains and i
 numbers) against the margin D in nats, with default options.
 """
 
+SCORER_PAGE = """\
+# Scorers
+
+<!-- Made by docs/generate.py from the docstrings in upo/rewards: change them there. -->
+
+A scorer gives an answer a number. As a goal of training (`objective.auxiliary.rewards`) the numbers are weighted and added up, once, before training;
+`upo score` writes them into a file, `upo data profile` shows what they say about it. `upo scorers NAME` shows the text below. Higher is better; a negative
+`weight` turns a goal round.
+
+- **Scored once.** Each distinct answer is scored in batches, in parallel where there is enough to do, and kept in `~/.cache/upo/rewards` (or `UPO_CACHE`) under scorer,
+  version, options and, for models, weights. A run that was killed goes on where it stopped. Several ranks on one machine score once.
+- **Normalised explicitly.** `normalise: zscore` or `quantile`, and `clip: [low, high]` after it, are fitted on the training rows, used for the held-out rows
+  as well, and saved in the run's `manifest.json` with the scorer's version and options.
+- **Nothing passes for a score that is none.** A scorer that raises, returns NaN, text or the wrong number of values, crashes or takes too long stops with one line that
+  names the row and says what is kept; one that gives the same answer different scores is named.
+
+```yaml
+objective:
+  preset: upo
+  auxiliary:
+    rewards:
+      - {scorer: readability, weight: 0.3}
+      - {scorer: toxicity, weight: 0.7}
+      - {scorer: reward_model, model: OWNER/NAME, normalise: zscore, clip: [-3, 3], weight: 0.5}
+```
+
+An example of your own function, in `my_rewards.py`, used as `{scorer: python, function: "my_rewards.py:polite"}` with `--allow-code`:
+
+```python
+def polite(prompts, completions):
+    return [float("please" in c.lower()) for c in completions]
+```
+"""
+
+
+def scorer_page() -> str:
+    """docs/scorers.md: every scorer with its card and options."""
+    lines = ["| scorer | measures | range | offline |", "|---|---|---|---|"]
+    for name, scorer in SCORERS.items():
+        lines.append(f"| [`{name}`](#{name}) | {scorer.card.measures} | {_range(scorer)} | {scorer.card.offline} |")
+    return "\n".join([SCORER_PAGE, *lines, "", *map(_scorer, SCORERS)])
+
+
+def _scorer(name: str) -> str:
+    scorer = SCORERS[name]
+    card = scorer.card
+    rows = [f"| {key} | {value} |" for key, value in (("range", _range(scorer)), ("higher is", card.higher), ("speed", card.speed), ("licence", card.licence))]
+    table = "\n".join(["| | |", "|---|---|", *rows, f"| offline | {card.offline} |"])
+    return f"## {name}\n\n{card.measures}\n\n{inspect.cleandoc(scorer.__doc__ or '')}\n\n{_options(scorer)}\n{table}\n"
+
+
+def _range(scorer: type[Scorer]) -> str:
+    return "any number" if scorer.card.range is None else "{:g} to {:g}".format(*scorer.card.range)
+
 
 def loss_page() -> str:
     """docs/losses.md: every family with its pictures, every loss with its formula, options and source."""
@@ -163,7 +217,7 @@ def configuration() -> str:
             if keys == ("objective", "preference"):
                 parts.append(_kinds("loss", LOSSES, "Options of the losses (formulas: `upo losses NAME`):"))
             if keys == ("objective", "auxiliary", "rewards"):
-                parts.append(_kinds("scorer", SCORERS, "Options of the scorers:"))
+                parts.append(_kinds("scorer", SCORERS, "Options of the scorers ([scorers.md](scorers.md), `upo scorers NAME`):"))
     return "\n".join(parts)
 
 
@@ -237,7 +291,7 @@ def metrics() -> str:
     return METRICS % "\n".join(f"| `{name}` | {text} |" for name, text in NAMES.items())
 
 
-PAGES = {"configuration.md": configuration, "cli.md": command_line, "metrics.md": metrics, "losses.md": loss_page}
+PAGES = {"configuration.md": configuration, "cli.md": command_line, "metrics.md": metrics, "scorers.md": scorer_page, "losses.md": loss_page}
 PAGES |= {plot_name(family): partial(picture, pair_losses(family)) for family in FAMILIES if pair_losses(family)}
 
 if __name__ == "__main__":

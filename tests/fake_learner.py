@@ -16,6 +16,7 @@ from upo.data.forest import Forest, Tokens
 from upo.errors import NonFiniteError
 from upo.losses import Objective
 from upo.numpy_ops import ops
+from upo.sampling import uniforms
 
 VOCAB, RANK = 12, 2
 A, B = (f"base_model.model.table.lora_{side}.weight" for side in "AB")
@@ -150,7 +151,18 @@ class FakeLearner:
         return Outcome(outcome.logp, outcome.value, outcome.partner_logp, norm, head_norm)
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling) -> list[Tokens]:
-        raise NotImplementedError
+        """At temperature 1; token 0 ends a text."""
+        reached = np.cumsum(np.exp(self._table()), axis=1)
+        made = []
+        for i, prompt in enumerate(prompts):
+            tokens = [int(prompt[-1])]
+            for uniform in uniforms(sampling, i):
+                tokens.append(min(int(np.searchsorted(reached[tokens[-1]], uniform)), VOCAB - 1))
+                if tokens[-1] == 0:
+                    tokens.pop()
+                    break
+            made.append(np.array(tokens[1:], np.int32))
+        return made
 
     def state(self) -> dict[str, dict[str, np.ndarray]]:
         return {"adapter": dict(self.adapter), "value_head": dict(self.head), "optimizer": dict(self.moments)}
@@ -174,6 +186,13 @@ def _slope(function: Callable[[np.ndarray], float], x: np.ndarray, h: float = 1e
         up[i], down[i] = x[i] + h, x[i] - h
         out[i] = (function(up) - function(down)) / (2 * h)
     return out
+
+
+class Words:
+    """A tokenizer that only reads: token 0 is `a`."""
+
+    def decode(self, tokens: Tokens) -> str:
+        return " ".join(chr(ord("a") + int(token)) for token in tokens)
 
 
 class Rows:

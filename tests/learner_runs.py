@@ -61,7 +61,7 @@ def shake(learner, seed: int = 5) -> None:
 
 def limit_for(batch: Batch, parts: int, layout: str) -> int:
     """A token limit that cuts the batch into so many micro-batches of this layout."""
-    return next(n for n in range(8, 4000, 2) if len(micro_batches(batch, n, layout=layout)) == parts)
+    return next(n for n in range(8, 4000, 2) if len(micro_batches(batch, n, layout=layout, device="cpu")) == parts)
 
 
 def difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:

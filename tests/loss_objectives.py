@@ -68,6 +68,7 @@ VARIANTS: dict[str, Sequence[dict[str, Any]]] = {  # options of every loss; {} a
     "dro_v": [{}, {"form": "split", "tau": 0.5}, {"tau": 0.25}],
     "offline_ppo": [{}, {"form": "main", "clip": 0.2, "kl_coef": 0.3, "value_coef": 0.5, "discount": 0.9, "trace": 0.8}, {"clip": 0.8}],
     "sft": [{}],
+    "csft": [{}],
 }
 MPO = [{"loss": "dpo", "weight": 0.8}, {"loss": "bco_pair", "weight": 0.2}, {"loss": "sft", "weight": 1.0}]
 OBJECTIVES: dict[str, tuple[list[dict[str, Any]], dict[str, Any] | None]] = {

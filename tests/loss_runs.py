@@ -33,7 +33,7 @@ def implicit_reward(term: Mapping[str, Any], case: Case) -> np.ndarray:
     logp, ref, length = (np.array(case[name], np.float64) for name in ("logp", "ref_logp", "length"))
     options = {**loss_options(LOSSES[term["loss"]]), **term}
     scale = options.get("beta", 1.0)
-    if term["loss"] in ("simpo", "cpo_simpo", "orpo", "asft", "sft", "alpha_dpo") or options.get("form") == "reference_free":
+    if term["loss"] in ("simpo", "cpo_simpo", "orpo", "asft", "sft", "csft", "alpha_dpo") or options.get("form") == "reference_free":
         return scale * logp / length
     if term["loss"] in ("cpo", "slic"):
         return scale * logp

@@ -13,12 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"upo": ROOT / "upo", "upo_mlx": ROOT / "upo_mlx", "upo_torch": ROOT / "upo_torch", "upo_cli": ROOT / "cli" / "upo_cli"}
-FRAMEWORKS = {"torch", "mlx", "mlx_lm", "peft", "bitsandbytes", "accelerate", "trl", "tensorflow", "jax"}
+FRAMEWORKS = {"torch", "mlx", "mlx_lm", "peft", "bitsandbytes", "accelerate", "flash_attn", "trl", "tensorflow", "jax"}
 # What each package may import beside the standard library, itself and other third-party packages that are no framework.
 ALLOWED = {
     "upo": set(),
     "upo_mlx": {"upo", "mlx", "mlx_lm"},
-    "upo_torch": {"upo", "torch", "peft", "bitsandbytes", "accelerate"},
+    "upo_torch": {"upo", "torch", "peft", "bitsandbytes", "accelerate", "flash_attn"},
     "upo_cli": {"upo"},
 }
 # Slow to import, so the core takes them inside functions only.
@@ -123,7 +123,7 @@ print([name for name in {heavy!r} if name in sys.modules])
 
 def test_twin_packages_have_the_same_files():
     """Knowing one backend is knowing the other. A file that one of them needs alone is named here, with its reason."""
-    alone = {"upo_torch": {"attention.py"}, "upo_mlx": {"family.py", "quantize.py", "recompute.py", "shared.py"}}
+    alone = {"upo_torch": {"attention.py", "classify.py"}, "upo_mlx": {"family.py", "quantize.py", "recompute.py", "shared.py"}}
     files = {name: {path.name for path in FOLDERS[name].glob("*.py")} for name in alone}
     shared = {name: found - alone[name] for name, found in files.items()}
     assert shared["upo_mlx"] == shared["upo_torch"]

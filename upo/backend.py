@@ -43,6 +43,8 @@ class Sampling:
     top_p: float = 0.95
     seed: int = 0
     batch_size: int = 16
+    place: int = 0  # of the first prompt among all that are answered, and the step to the next: ranks and parts of a list draw as the
+    stride: int = 1  # whole list would
 
 
 class Comm(Protocol):
@@ -142,7 +144,7 @@ class Learner(Protocol):
 
 
 class Backend(Protocol):
-    """The module `upo_torch` or `upo_mlx`: `name`, `load`, `fast_dtype` and `device_report` at module level."""
+    """The module `upo_torch` or `upo_mlx`: `name`, `load`, `fast_dtype`, `free_memory` and `device_report` at module level."""
 
     name: str
 
@@ -152,6 +154,10 @@ class Backend(Protocol):
 
     def fast_dtype(self) -> str:
         """The dtype that the default device multiplies fastest: what `auto` is on a GPU; on a CPU bfloat16 where it has it in hardware."""
+        ...
+
+    def free_memory(self, device: str) -> tuple[str, int]:
+        """The device that a configuration's `device` is here, and the bytes free on it. Raises BackendError for one that is not there."""
         ...
 
     def device_report(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from upo.config_file import Source, apply_override, explain, leaves, read_yaml
-from upo.errors import ConfigError
-from upo.losses import LOSSES, Auxiliary, Objective, Term, build_loss
+from upo.errors import ConfigError, did_you_mean
+from upo.losses import Auxiliary, Objective, Term, build_loss
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 reads 1e-5 as text: it wants 1.0e-5
 
@@ -40,6 +39,14 @@ class DataConfig(Section):
     eval: float | str = Field(0.0, description="held-out share of the training rows (split by prompt), or a file or dataset of its own; 0: none")
     layout: Literal["auto", "preference", "unpaired", "transcript", "group"] = Field("auto", description="how rows are read; `auto` detects it and says so")
     revision: str | None = Field(None, description="revision of a hub dataset")
+    control: tuple[str, str] | None = Field(None, description='texts before good and bad answers, e.g. ["<|good|>", "<|bad|>"]: for the loss csft')
+
+    @field_validator("control")
+    @classmethod
+    def _two_texts(cls, value: tuple[str, str] | None) -> tuple[str, str] | None:
+        if value is not None and (not all(value) or value[0] == value[1]):
+            raise ValueError("must be two different texts, for good and for bad answers")
+        return value
 
     @field_validator("eval", mode="before")
     @classmethod
@@ -114,11 +121,26 @@ class RewardConfig(Section):
     model_config = ConfigDict(extra="allow")
     scorer: str = Field(description="name of the scorer")
     weight: float = Field(1.0, description="factor of this goal in the total reward; negative for something to avoid")
+    normalise: Literal["none", "zscore", "quantile"] = Field(
+        "none", description="before weighting: `zscore`, or `quantile` (0 to 1), fitted on the training rows and saved in manifest.json"
+    )
+    clip: tuple[float, float] | None = Field(None, description="lowest and highest value after that; what lies outside is set to the nearer one")
 
     @model_validator(mode="before")
     @classmethod
     def _name_alone(cls, data: Any) -> Any:
         return {"scorer": data} if isinstance(data, str) else data
+
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _bounds(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        bounds = [_as_number(v) for v in value] if isinstance(value, (list, tuple)) else []
+        if len(bounds) != 2 or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < float("inf") for v in bounds) or bounds[0] >= bounds[1]:
+            raise ValueError("must be two numbers, the lower one first, e.g. [-3, 3]")
+        return tuple(bounds)
 
 
 class ValueConfig(Section):
@@ -247,6 +269,30 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
 
 
+WATCHED = ("loss", "loss/preference", "loss/auxiliary", "accuracy", "margin", "logp/chosen", "perplexity", "kl", "goals")
+
+
+def watched(name: str) -> str:
+    """The name of a metric by which evaluations can be compared. Raises ValueError for another."""
+    if name not in WATCHED and not (name.startswith("goal/") and len(name) > len("goal/")):
+        raise ValueError(f'no such metric of an evaluation.{did_you_mean(name, [*WATCHED, "goal/NAME"])}')
+    return name
+
+
+class EarlyStoppingConfig(Section):
+    """Ends a run that no longer gets better. Metrics: `loss`, `loss/preference`, `loss/auxiliary`, `perplexity` and `kl`, of which lower is better;
+    `accuracy`, `margin`, `logp/chosen`, `goals` and `goal/<name>` (lower for a negative weight), of which higher is."""
+
+    metric: str = Field(description="of the held-out rows, or of the answers sampled to their prompts (`evaluation`)")
+    patience: int = Field(3, gt=0, description="evaluations in a row without a better value after which the run ends")
+    min_delta: float = Field(0.0, ge=0, description="by how much a value must be better than the best before it to count")
+
+    @field_validator("metric")
+    @classmethod
+    def _watched(cls, value: str) -> str:
+        return watched(value)
+
+
 class TrainConfig(Section):
     """How long, in which portions, and what is kept."""
 
@@ -260,13 +306,45 @@ class TrainConfig(Section):
     prefix_sharing: Literal["auto", "off"] = Field(
         "auto", description="`auto`: compute each prompt once for all its completions where the model allows it, checked at the start; `off`: padded rows"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="recompute activations in the backward pass: less memory, more time; `auto`: where memory would not do without, by an estimate"
+    )
+    memory_limit_gb: float | None = Field(None, gt=0, description="GB a process may take on its device: MLX, there a guideline, and PyTorch on CUDA")
+    cache_limit_gb: float | None = Field(None, ge=0, description="GB of freed memory that MLX keeps for reuse; 0: none")
+    wired_limit_gb: float | None = Field(None, gt=0, description="GB that MLX keeps resident on Metal (macOS 15 or newer)")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept")
-    keep_best: Literal["loss", "loss/preference", "loss/auxiliary", "accuracy", "margin", "logp/chosen"] | None = Field(
-        None, description="metric of the held-out rows by which the best evaluated checkpoint is kept as well; needs `eval_every`"
-    )
+    keep_best: str | None = Field(None, description="metric by which the best evaluated checkpoint is kept as well (below); needs `eval_every`")
+    early_stopping: EarlyStoppingConfig | None = Field(None, description="end the run when a metric no longer gets better; needs `eval_every`")
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _choice(cls, value: Any) -> Any:
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError("must be auto, true or false")
+        return value
+
+    @field_validator("keep_best")
+    @classmethod
+    def _watched(cls, value: str | None) -> str | None:
+        return value if value is None else watched(value)
+
+
+class EvaluationConfig(Section):
+    """Answers to held-out prompts, sampled at every evaluation and scored by the goals: metrics `goal/<name>`, `goals` and `answers/...`."""
+
+    prompts: int = Field(0, ge=0, description="held-out prompts that are answered, the first ones; 0: none")
+    samples: int = Field(1, gt=0, description="answers to each")
+    max_tokens: int = Field(128, gt=0, description="longest answer; what is cut off counts up to its last complete sentence")
+    temperature: float = Field(0.7, ge=0, description="of sampling; 0 takes the likeliest token. The draws are the same at every evaluation")
+    top_p: float = Field(0.95, gt=0, le=1, description="nucleus to sample from")
+    goals: tuple[RewardConfig, ...] = Field((), description="scorers of the answers; if not given, the objective's goals")
+
+    @field_validator("goals", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return _listed(value)
 
 
 class TrackerConfig(Section):
@@ -302,6 +380,7 @@ class RunConfig(Section):
     )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how the adapter is updated")
     train: TrainConfig = Field(TrainConfig(), description="how long, in which portions, and what is kept")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="answers that are sampled and scored while it trains")
     log: LogConfig = Field(LogConfig(), description="where metrics go besides metrics.jsonl")
 
     @model_validator(mode="after")
@@ -312,6 +391,8 @@ class RunConfig(Section):
             raise ValueError("reference: names the same one twice")
         if "start" in self.references and self.adapter.start is None:
             raise ValueError("reference: start needs adapter.start; without a start adapter the reference is base")
+        if (self.data.control is not None) != any(preference.loss == "csft" for preference in self.objective.preference):
+            raise ValueError('data.control: goes with the loss csft, and that with it, e.g. data.control: ["<|good|>", "<|bad|>"]')
         for preference in self.objective.preference:
             preference.term().loss.check_run(len(self.references), self.train.batch_size)
         if len(self.references) > 1 and "references" not in self.objective.build().needs:
@@ -341,46 +422,6 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         return RunConfig.model_validate(read.data)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(e, RunConfig, read) for e in error.errors())) from None
-
-
-def config_schema() -> dict[str, Any]:
-    """JSON schema of a configuration file, for editors: every key, with the options of each loss and scorer."""
-    from upo.rewards import SCORERS
-
-    schema = RunConfig.model_json_schema()
-    definitions = schema["$defs"]
-    for item, key, classes in (("PreferenceConfig", "loss", LOSSES), ("RewardConfig", "scorer", SCORERS)):
-        shared = {name: info for name, info in definitions[item]["properties"].items() if name != key}
-        definitions[item] = {"anyOf": [{"enum": list(classes)}, *(_variant(key, name, kind, shared) for name, kind in classes.items())]}
-    for section, key, item in (("ObjectiveConfig", "preference", "PreferenceConfig"), ("AuxiliaryConfig", "rewards", "RewardConfig")):
-        one = {"$ref": f"#/$defs/{item}"}
-        definitions[section]["properties"][key] = {
-            "description": definitions[section]["properties"][key]["description"],
-            "anyOf": [one, {"type": "array", "items": one}],
-        }
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "upo configuration"}
-
-
-def _variant(key: str, name: str, kind: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of one loss or scorer: its name, the shared keys, and its own options."""
-    return {
-        "type": "object",
-        "title": name,
-        "description": (kind.__doc__ or "").splitlines()[0],
-        "properties": {
-            key: {"const": name},
-            **shared,
-            **{f.name: _option(f) for f in dataclasses.fields(kind)},
-        },
-        "required": [key],
-        "additionalProperties": False,
-    }
-
-
-def _option(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    choices = field.metadata.get("choices")
-    kind = {"enum": list(choices)} if choices else {"type": {float: "number", int: "integer", str: "string"}[type(field.default)]}
-    return {**kind, "default": field.default}
 
 
 def _listed(value: Any) -> Any:

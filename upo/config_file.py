@@ -111,6 +111,7 @@ def explain(error: Mapping[str, Any], schema: type[BaseModel], source: Source) -
         "greater_than": f"must be above {context.get('gt')}",
         "greater_than_equal": f"must be at least {context.get('ge')}",
         "less_than": f"must be below {context.get('lt')}",
+        "less_than_equal": f"must be at most {context.get('le')}",
         "literal_error": f"must be {context.get('expected')}",
         "model_type": f"must be a mapping of keys ({', '.join(section.model_fields)})" if (section := _section(error["loc"], schema)) else "",
         "model_attributes_type": "must be a mapping of keys",

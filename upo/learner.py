@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from upo.backend import Comm, Outcome
+from upo.backend import Comm, ModelInfo, Outcome
 from upo.data.batch import SCORED, Batch, Places, micro_batches
 from upo.errors import NonFiniteError, RunError
 from upo.losses import Objective, Scores
@@ -25,9 +25,9 @@ class Part:
     places: Places
 
 
-def parts_of(batch: Batch, limit: int, comm: Comm, layout: str) -> list[Part]:
-    """This rank's micro-batches of at most `limit` token slots in this layout: r, r + W, ... Possibly none."""
-    rows = micro_batches(batch, limit, at_least=comm.size, layout=layout)
+def parts_of(batch: Batch, limit: int, comm: Comm, info: ModelInfo) -> list[Part]:
+    """This rank's micro-batches of at most `limit` token slots in this model's layout: r, r + W, ... Possibly none."""
+    rows = micro_batches(batch, limit, at_least=comm.size, layout=info.layout, device=info.device)
     return [Part(*batch.select(part)) for part in rows[comm.rank :: comm.size]]
 
 

@@ -11,8 +11,8 @@ LIKELY = 1e-4  # of the most likely token
 
 
 def uniforms(sampling: Sampling, prompt: int) -> np.ndarray:
-    """[max_tokens] float64 in [0, 1): a prompt's own stream, named by its place among the prompts, whatever shares its batch."""
-    words = random.words(sampling.max_tokens, sampling.seed, "generate", prompt)
+    """[max_tokens] float64 in [0, 1): a prompt's own stream, named by its place among all prompts, whatever shares its batch or its rank."""
+    words = random.words(sampling.max_tokens, sampling.seed, "generate", sampling.place + sampling.stride * prompt)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -36,6 +36,15 @@ def fast_dtype() -> str:
     return device.fast_dtype()
 
 
+def free_memory(name: str) -> tuple[str, int]:
+    """The device of this name and the bytes free on it. Raises BackendError for one that is not there."""
+    _need("mlx.core")
+    from upo_mlx import device
+
+    where = device.choose_device(name)
+    return where, device.free_memory(where)
+
+
 def device_report() -> dict[str, Any]:
     """What `upo doctor` shows: version, devices, memory, BLAS, what is missing and the command that mends it."""
     _need("mlx.core")

@@ -11,11 +11,15 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from upo import memory
 from upo.errors import BackendError
+
+if TYPE_CHECKING:
+    from upo.config import TrainConfig
 
 REAL_BLAS = 20.0  # GFLOP/s in float32 per process; the wheel's reference BLAS reaches 5 to 8, any real one above 50
 
@@ -71,7 +75,7 @@ BLAS = _use_fast_blas()
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
-__all__ = ["BLAS", "MlxComm", "choose_device", "choose_dtype", "device_report", "matmul_rate", "mx", "nn", "peak_memory_gb", "share_threads", "to_numpy"]
+__all__ = ["BLAS", "MlxComm", "choose_device", "choose_dtype", "device_report", "limit_memory", "matmul_rate", "mx", "nn", "peak_memory_gb", "share_threads", "to_numpy"]
 
 
 def has_gpu() -> bool:
@@ -165,12 +169,34 @@ def _ram() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def free_memory(device: str, ranks: int = 1) -> int:
+    """Bytes that this process can still take on its device: of what Metal recommends, of a GPU's own, of the ranks' share of the machine's."""
+    info: dict[str, Any] = dict(mx.device_info())
+    of_gpu = next((info[key] for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size") if key in info), None)
+    return memory.available() // ranks if device == "cpu" or of_gpu is None else int(of_gpu) - int(mx.get_active_memory())
+
+
 def peak_memory_gb(device: str) -> float:
     """Largest memory so far: of MLX's allocator on a GPU, of the process on a CPU."""
     if device != "cpu":
         return float(mx.get_peak_memory()) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # bytes on macOS, KiB on Linux
+
+
+def limit_memory(train: TrainConfig, device: str) -> None:
+    """Set MLX's limits where the configuration has them. Raises BackendError for a wired limit where there is none, or a larger one than the system's."""
+    if train.memory_limit_gb is not None:
+        mx.set_memory_limit(int(train.memory_limit_gb * 1e9))
+    if train.cache_limit_gb is not None:
+        mx.set_cache_limit(int(train.cache_limit_gb * 1e9))
+    if train.wired_limit_gb is not None:
+        if device != "metal":  # MLX takes the number elsewhere and does nothing with it
+            raise BackendError("train.wired_limit_gb: memory is wired on Metal only. Remove the option; train.memory_limit_gb works on every device.")
+        try:
+            mx.set_wired_limit(int(train.wired_limit_gb * 1e9))
+        except (ValueError, RuntimeError) as error:
+            raise BackendError(f"train.wired_limit_gb: {error} (sudo sysctl iogpu.wired_limit_mb=... raises the system's limit)") from None
 
 
 def to_numpy(array: Any) -> np.ndarray:

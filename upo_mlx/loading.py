@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from upo import models
+from upo import memory, models
 from upo.backend import ModelInfo
 from upo.config import RunConfig
 from upo.errors import BackendError
@@ -25,10 +25,12 @@ def load_learner(config: RunConfig) -> MlxLearner:
     if config.quantize != "none":
         raise BackendError(f"quantize: {config.quantize} needs bitsandbytes on CUDA (--backend torch). For MLX give a model folder quantised by mlx-lm.")
     where = device.choose_device(config.device)
+    device.limit_memory(config.train, where)
     dtype, notes = device.choose_dtype(config.dtype, where)
     comm = MlxComm()
     device.share_threads(comm.size)
     folder = models.resolve(config.model, config.revision)
+    free = device.free_memory(where, comm.size)
     net, repaired = load_base(folder, dtype, config.train.max_length)
     model = Model(net)
     dims = model.dims()
@@ -38,8 +40,11 @@ def load_learner(config: RunConfig) -> MlxLearner:
         model.add_loras(adapter.targets if adapter else ())
     policy = lora_from(start)
     model.check()
-    rows, fallen_back = choose_rows(model, policy, config.train, str(dtype).rpartition(".")[2], comm)
     parameters, trainable = parameter_count(net), sum(a.size for a in policy.arrays.values())
+    needs = memory.estimate(config, memory.model_shapes(folder), trainable, dtype.size, memory.largest(config), config.train.max_length, "mlx")
+    recompute, recomputing = memory.choose_recomputing(config, needs, free, where, comm)
+    config = memory.decided(config, recompute)
+    rows, fallen_back = choose_rows(model, policy, config.train, str(dtype).rpartition(".")[2], comm)
     info = ModelInfo(
         name=config.model,
         dtype=str(dtype).rpartition(".")[2],
@@ -48,7 +53,7 @@ def load_learner(config: RunConfig) -> MlxLearner:
         trainable=trainable,
         targets=tuple(sorted({path.rpartition(".")[2] for path in start.targets})),
         weights_hash=models.weights_hash(folder),
-        notes=(*notes, *device.blas_notes(where), *repaired, *family_notes(model), *fallen_back, *started),
+        notes=(*notes, *device.blas_notes(where), *repaired, *family_notes(model), *fallen_back, *recomputing, *started),
         chip=chip(where, dtype),
         sizes=sizes_of(models.model_config(folder)[0], dims, parameters, trainable, config.train.max_length),
         layout=rows.name,

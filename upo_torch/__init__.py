@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from upo.backend import Learner
     from upo.config import RunConfig
+    from upo_torch.classify import Classifier
 
 name = "torch"
 
@@ -19,11 +22,28 @@ def load(config: RunConfig) -> Learner:
     return load_learner(config)
 
 
+def classifier(folder: Path, dtype: str) -> Classifier:
+    """A sequence classifier or reward model from a folder that `upo.models.resolve` has checked."""
+    _need("torch", "transformers")
+    from upo_torch.classify import Classifier
+
+    return Classifier(folder, dtype)
+
+
 def fast_dtype() -> str:
     """The dtype that the default device multiplies fastest."""
     from upo_torch import device
 
     return device.fast_dtype()
+
+
+def free_memory(name: str) -> tuple[str, int]:
+    """The device of this name and the bytes free on it. Raises BackendError for one that is not there."""
+    _need("torch")
+    from upo_torch import device
+
+    where = device.choose_device(name)
+    return where.type, device.free_memory(where)
 
 
 def device_report() -> dict[str, Any]:

@@ -28,6 +28,10 @@ try:
         varlen_attn = None
 except ImportError:  # an older torch
     varlen_attn = None
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:  # optional: upo[flash]
+    flash_attn_varlen_func = None
 
 NAME = "upo_forest"
 Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # positions [q, 1] and [1, k] -> bool [q, k], for tokens of one text
@@ -165,8 +169,8 @@ def attend(
         raise Unshareable(f"{type(module).__name__} passes {', '.join(unknown or ['dropout'])} to its attention")
     attention_mask.calls += 1
     dtype, plain = value.dtype, softcap is None and s_aux is None
-    if plain and _has_kernel(attention_mask, query, value):
-        return _by_kernel(attention_mask, query, key, value, scaling), None
+    if s_aux is None and (kernel := _kernel(attention_mask, query, value, softcap)):
+        return _by_kernel(kernel, attention_mask, query, key, value, scaling, softcap), None
     if query.device.type == "cpu":  # in 16 bits the backward pass of short segments takes three times as long on a CPU
         query, key, value = query.float(), key.float(), value.float()
     sizes = [sum(segments) for segments, _ in attention_mask.trees]
@@ -210,21 +214,32 @@ def _by_hand(
     return torch.softmax(scores, -1)[..., : key.shape[2]].to(value.dtype) @ value
 
 
-def _has_kernel(plan: Plan, query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch's kernel for segments of any length takes these: 16 bits, heads of one size, an Ampere GPU or a later one."""
-    if plan.varlen is None or query.dtype == torch.float32 or not query.shape[-1] == value.shape[-1] <= 256:
-        return False
-    return varlen_attn is not None and torch.cuda.get_device_capability(query.device) >= (8, 0)
+def _kernel(plan: Plan, query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> str:
+    """Which kernel takes all segments at once: `torch`'s own, else `flash`-attn's where it is installed, which knows soft caps; "" for none.
+
+    Both ask for 16 bits, heads of one size and an Ampere GPU or a later one.
+    """
+    size = query.shape[-1]
+    if plan.varlen is None or query.dtype == torch.float32 or not size == value.shape[-1] <= 256:
+        return ""
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return ""
+    if varlen_attn is not None and softcap is None and size % 8 == 0:
+        return "torch"
+    return "" if flash_attn_varlen_func is None else "flash"
 
 
-def _by_kernel(plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+def _by_kernel(
+    kernel: str, plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, softcap: float | None = None
+) -> torch.Tensor:
     at = plan.varlen
     assert at is not None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    grouped = q.shape[1] != k.shape[1]
-    out = varlen_attn(
-        q.contiguous(), k[at.keys], v[at.keys], at.ends_q, at.ends_k, *at.longest, scale=scale, window_size=at.window, enable_gqa=grouped
-    )
+    segments = q.contiguous(), k[at.keys], v[at.keys], at.ends_q, at.ends_k, *at.longest
+    if kernel == "torch":
+        out = varlen_attn(*segments, scale=scale, window_size=at.window, enable_gqa=q.shape[1] != k.shape[1])
+    else:
+        out = flash_attn_varlen_func(*segments, softmax_scale=scale, causal=True, window_size=at.window, softcap=softcap or 0.0)
     return out[None].contiguous()
 
 

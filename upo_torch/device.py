@@ -11,13 +11,17 @@ import sys
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from upo import memory
 from upo.errors import BackendError
+
+if TYPE_CHECKING:
+    from upo.config import TrainConfig
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
@@ -56,6 +60,19 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, list[str
     return torch.float32, ["dtype: this GPU does not compute in bfloat16, so float32 is used; it takes twice the memory."]
 
 
+def limit_memory(train: TrainConfig, device: torch.device) -> None:
+    """Hold this process to `memory_limit_gb` of its GPU. Raises BackendError for the limits that only MLX has, and off CUDA."""
+    mlx_only = [name for name in ("cache_limit_gb", "wired_limit_gb") if getattr(train, name) is not None]
+    if mlx_only:
+        raise BackendError(f"train.{mlx_only[0]}: is MLX's. PyTorch's allocator is configured by the environment variable PYTORCH_CUDA_ALLOC_CONF.")
+    if train.memory_limit_gb is None:
+        return
+    if device.type != "cuda":
+        raise BackendError(f"train.memory_limit_gb: PyTorch has no limit on {device.type}, only on CUDA. Lower train.micro_batch_tokens instead.")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, train.memory_limit_gb * 1e9 / total), device)
+
+
 def fast_dtype() -> str:
     """What `auto` is on a GPU; bfloat16 on a Linux CPU with instructions for it (measured 2.2 times faster a step), else float32."""
     device = choose_device("auto")
@@ -88,6 +105,15 @@ def share_threads(local_size: int) -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory(device: torch.device, local_size: int = 1) -> int:
+    """Bytes that this process can still take on its device: of a GPU's own, of what Metal recommends, of the ranks' share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return memory.available() // local_size
 
 
 def peak_memory_gb(device: torch.device) -> float:

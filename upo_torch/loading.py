@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from upo import adapters, models
+from upo import adapters, memory, models
 from upo.backend import ModelInfo
 from upo.config import RunConfig
 from upo.flops import sizes_of
@@ -21,14 +23,17 @@ def load_learner(config: RunConfig) -> TorchLearner:
     comm = TorchComm()
     device.share_threads(comm.local_size)
     where = device.choose_device(config.device, comm.local_rank, comm.local_size)
+    device.limit_memory(config.train, where)
     dtype, notes = device.choose_dtype(config.dtype, where)
     comm.start(where)
     folder = models.resolve(config.model, config.revision)
+    free = device.free_memory(where, comm.local_size)
     net, repaired = load_base(folder, dtype, where, config.quantize)
     parameters = parameter_count(net)
     model = Model(net, where)
     model.check()
     started = add_adapters(config, model)
+    config, recomputing = decide_recomputing(config, model, folder, free, comm)
     layout, fallen = choose_layout(model, config.train, comm)
     trainable = sum(p.numel() for p in model.policy.values())
     info = ModelInfo(
@@ -39,12 +44,22 @@ def load_learner(config: RunConfig) -> TorchLearner:
         trainable=trainable,
         targets=tuple(sorted({path.rpartition(".")[2] for path in adapters.modules_of(model.policy)})),
         weights_hash=models.weights_hash(folder),
-        notes=(*notes, *repaired, *family_notes(model), *started, *fallen),
+        notes=(*notes, *repaired, *family_notes(model), *started, *fallen, *recomputing),
         chip=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
         sizes=sizes_of(models.model_config(folder)[0], model.dims(), parameters, trainable, config.train.max_length),
         layout=layout,
     )
     return TorchLearner(config, comm, model, info, folder)
+
+
+def decide_recomputing(config: RunConfig, model: Model, folder: Path, free: int, comm: TorchComm) -> tuple[RunConfig, list[str]]:
+    """The configuration with `train.gradient_checkpointing` decided, and a note if that was for us to do. `free`: bytes before loading."""
+    adapter = sum(p.numel() for p in model.policy.values())
+    shapes, tokens = memory.model_shapes(folder), memory.largest(config)
+    needs = memory.estimate(config, shapes, adapter, model.net.dtype.itemsize, tokens, config.train.max_length, "torch")
+    able = None if model.recomputable() else f"{type(model.net).__name__} does not support it"
+    recompute, notes = memory.choose_recomputing(config, needs, free, model.device.type, comm, able)
+    return memory.decided(config, recompute), notes
 
 
 def add_adapters(config: RunConfig, model: Model) -> list[str]:

@@ -136,6 +136,10 @@ class Model:
             self._peft.base_model.enable_adapter_layers()
             self._peft.set_adapter(POLICY)
 
+    def recomputable(self) -> list[Any]:
+        """The modules that run their layers through gradient checkpointing when told to; none in families that do not support it."""
+        return [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
+
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """Gradient checkpointing inside the block: each decoder layer keeps its input and is run again in the backward pass.
@@ -143,7 +147,7 @@ class Model:
         transformers checkpoints a layer whose `training` flag is set. The flag is set on that module alone, so that nothing inside it
         starts to drop out.
         """
-        modules: list[Any] = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
+        modules = self.recomputable()
         if not modules:
             raise ConfigError(f"train.gradient_checkpointing: {type(self.net).__name__} does not support it. Set it to false and lower train.micro_batch_tokens.")
         try:
@@ -216,7 +220,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
         config = CONFIG_MAPPING[kind].from_dict(_without_dropout(raw))
         if config.is_encoder_decoder:
             raise ModelError(f"{folder}: {kind} is an encoder-decoder; upo trains decoder-only language models. Use another model.")
-        with _quiet():
+        with quiet():
             load: Any = AutoModelForCausalLM.from_pretrained
             net, loaded = load(
                 folder,
@@ -245,7 +249,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its progress bar and its report on the weights, which is told in our words."""
     from transformers.utils import logging
 

@@ -54,7 +54,7 @@ def _panel(panel: Panel, x: int, y: int, strokes: dict[str, tuple[str, str]]) ->
             lines.append(f'<text x="{across(value):.1f}" y="{HEIGHT + 14}" text-anchor="middle" fill="#555555">{value:g}</text>')
         for value in up.ticks():
             at = HEIGHT - up(value)
-            lines.append(f'<line x1="0" x2="{WIDTH}" y1="{at:.1f}" y2="{at:.1f}" stroke="#d9dde3"/><text x="-5" y="{at + 4:.1f}" text-anchor="end" fill="#555555">{value:g}</text>')
+            lines.append(f'<line x1="0" x2="{WIDTH}" y1="{at:.1f}" y2="{at:.1f}" stroke="#d9dde3"/><text x="-5" y="{at + 4:.1f}" text-anchor="end" fill="#555555">{value:.3g}</text>')
         for curve in panel.curves:
             path = " ".join(f"{across(a):.1f},{HEIGHT - up(b):.1f}" for a, b in curve.points)
             lines.append(f'<polyline points="{path}" fill="none" {_stroke(strokes[curve.name])}/>')
@@ -76,7 +76,7 @@ class _Axis:
         """The steps 1, 2, 5, 10, ... within the range; its ends where there are fewer than two."""
         steps = [m * 10.0**e for e in range(-4, 6) for m in (1, 2, 5)]
         inside = [s for s in steps if self.low <= s <= self.high]
-        return inside if len(inside) > 1 else sorted({float(f"{self.low:.2g}"), float(f"{self.high:.2g}")})
+        return inside if len(inside) > 1 else sorted({self.low, self.high})
 
 
 def _stroke(stroke: tuple[str, str]) -> str:

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from upo_cli.goals import layout_option
 from upo_cli.options import echo_json, json_option
+from upo_cli.profile import profile
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from upo.data.check import CheckReport, Lengths
 
-LAYOUTS = ("auto", "preference", "unpaired", "transcript", "group")
 SHOWN = 20  # errors; --json lists all
 DUPLICATES = 3  # prompts in several rows, likewise
 
@@ -23,6 +24,9 @@ def data() -> None:
     """Look at preference data before training on it."""
 
 
+data.add_command(profile)
+
+
 @data.command()
 @click.argument("file")
 @click.option("--model", metavar="M", help="Hub id or folder of the model: lengths in tokens, and what would be dropped or cut.")
@@ -30,7 +34,7 @@ def data() -> None:
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="train.max_length; needs --model.")
 @click.option("--overflow", type=click.Choice(["drop", "cut"]), default="drop", show_default=True, help="train.overflow; needs --model.")
 @click.option("--eval", "eval_file", metavar="FILE", help="Held-out file: which of its prompts are also in FILE.")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="auto", show_default=True, help="How rows are read.")
+@layout_option
 @json_option
 @click.pass_context
 def check(

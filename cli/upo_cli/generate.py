@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import click
 from upo.adapters import read_adapter
 from upo.backend import Sampling, get_backend
 from upo.config import RunConfig, load_config
-from upo.errors import ConfigError, DataError
 from upo_cli.options import backend_option, json_option, quiet_option, rank
 from upo_cli.progress import reporting
+from upo_cli.prompts import conversations, plain_text
 
-Message = dict[str, str]
 DEFAULTS = Sampling()
 
 
@@ -64,7 +62,8 @@ def generate(
       upo generate runs/first --file prompts.jsonl --json > answers.jsonl
     """
     config = _configuration(run, model, adapter, backend)
-    conversations = _conversations(prompts, file, system)
+    asked = conversations(prompts, file, system)
+    from upo.data.control import Control
     from upo.data.tokenizer import load_tokenizer
     from upo.models import resolve
 
@@ -73,7 +72,10 @@ def generate(
         if not plain and not tokenizer.has_template:
             plain = True
             reporter.info(f"{config.model} has no chat template: prompts are given as they are.")
-        ids = [tokenizer.prompt_ids(_plain(messages) if plain else messages) for messages in conversations]
+        ids = [tokenizer.prompt_ids(plain_text(messages) if plain else messages) for messages in asked]
+        if control := Control.of(config.data.control, tokenizer):
+            ids = [control.after(tokens) for tokens in ids]
+            reporter.info(f"Asked for answers behind {(config.data.control or ('',))[0]} (data.control).")
         learner = get_backend(config.backend).load(config)
         for note in learner.info.notes:
             reporter.info(note)
@@ -86,7 +88,7 @@ def generate(
             reporter.advance(len(part))
     if rank():
         return
-    for number, (messages, tokens) in enumerate(zip(conversations, answers, strict=True)):
+    for number, (messages, tokens) in enumerate(zip(asked, answers, strict=True)):
         prompt, completion = messages[-1]["content"], tokenizer.decode(tokens)
         if as_json:
             click.echo(json.dumps({"prompt": prompt, "completion": completion, "tokens": len(tokens)}, ensure_ascii=False))
@@ -105,63 +107,16 @@ def _configuration(run: Path | None, model: str | None, adapter: Path | None, ba
         trained = load_config(run / "config.yaml")
         data = trained.model_dump(include={"model", "revision", "backend", "device", "dtype", "quantize"})
         adapter = adapter or run
+        if trained.data.control is not None:  # what the model was taught to answer behind
+            data |= {"objective": {"preference": "csft"}, "data": {"control": trained.data.control}}
     if model is not None:
         data |= {"model": model, "revision": None}
     if backend is not None:
         data["backend"] = backend
     if "model" not in data:
         raise click.UsageError("Name a run or a model: upo generate RUN, or upo generate --model M.")
-    data["data"] = {"train": "-"}  # a configuration names rows; nothing reads them here
+    data["data"] = {"train": "-", **data.get("data", {})}  # a configuration names rows; nothing reads them here
     if adapter is not None:
         found = read_adapter(adapter)
         data["adapter"] = {"start": str(adapter), "rank": found.rank, "alpha": found.scale * found.rank}
     return load_config(data)
-
-
-def _conversations(prompts: tuple[str, ...], file: Path | None, system: str | None) -> list[list[Message]]:
-    """One list of messages for each prompt, in order."""
-    found = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    if file is not None:
-        try:
-            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read ({error}).") from None
-        found += _read(text, str(file))
-    elif not prompts:
-        if sys.stdin.isatty():
-            raise click.UsageError('No prompt. Give --prompt "...", --file FILE, or pipe prompts in, one a line.')
-        found = _read(sys.stdin.read(), "standard input")
-    if not found:
-        raise DataError(f"{file or 'standard input'}: no prompt in it.")
-    for number, messages in enumerate(found, 1):
-        if not all(m["content"].strip() for m in messages):
-            raise ConfigError(f"prompt {number}: it is empty.")
-    first = [{"role": "system", "content": system}] if system else []
-    return [first + messages for messages in found]
-
-
-def _plain(messages: list[Message]) -> str:
-    if len(messages) != 1:
-        raise ConfigError(f"--plain: the prompt has {len(messages)} turns ({', '.join(m['role'] for m in messages)}); without a chat template it can have one.")
-    return messages[0]["content"]
-
-
-def _read(text: str, name: str) -> list[list[Message]]:
-    """Prompts from lines of text, or of JSON if the file is named so or begins with a brace."""
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not name.endswith((".jsonl", ".json")) and not text.lstrip().startswith("{"):
-        return [[{"role": "user", "content": line}] for _, line in lines]
-    return [_from_json(line, f"{name}:{number}") for number, line in lines]
-
-
-def _from_json(line: str, where: str) -> list[Message]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}). One object a line is expected.") from None
-    value = row if isinstance(row, str) else row.get("messages", row.get("prompt")) if isinstance(row, dict) else None
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value):
-        return [{"role": m["role"], "content": m["content"]} for m in value]
-    raise DataError(f'{where}: no prompt here. Write {{"prompt": "..."}} or {{"messages": [{{"role": "user", "content": "..."}}]}}.')

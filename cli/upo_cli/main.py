@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("upo_cli.quickstart:quickstart", "Teach a small model plainer language, in a few minutes, with nothing to prepare."),
     "train": ("upo_cli.train:train", "Fine-tune as a configuration file says, or go on with a run."),
     "generate": ("upo_cli.generate:generate", "Let a model, or the result of a run, answer prompts."),
+    "eval": ("upo_cli.eval:evaluate", "Compare a model before and after training: preferences, goals, win rate, samples."),
+    "sweep": ("upo_cli.sweep:sweep", "Train the points of a grid or list, and show the trade-off between goals and preferences."),
     "report": ("upo_cli.report:report", "Show a run, or compare several, in one HTML file that opens anywhere."),
     "convert": ("upo_cli.convert:convert", "Turn an adapter from one format into another: PEFT, mlx-lm, upo."),
     "merge": ("upo_cli.merge:merge", "Merge an adapter into its base model, for any tool that loads models."),
@@ -32,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "push": ("upo_cli.push:push", "Upload the result of a run to the model hub; a dry run first."),
     "data": ("upo_cli.data:data", "Look at preference data before training on it."),
     "score": ("upo_cli.score:score", "Write reward scores into a data file."),
+    "scorers": ("upo_cli.scorers:scorers", "List the scorers, or explain one: what it measures, options, licence."),
     "losses": ("upo_cli.losses:losses", "List the losses, or explain one: formula, options, source."),
     "doctor": ("upo_cli.doctor:doctor", "Say what is installed, what is missing, and the command that mends it."),
 }

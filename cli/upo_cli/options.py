@@ -46,7 +46,7 @@ def rank() -> int:
 
 def echo_json(value: Any) -> None:
     """JSON on stdout; NaN and infinity become null, so that any reader accepts it."""
-    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+    click.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str))
 
 
 def echo_table(rows: Sequence[Sequence[str]], err: bool = False) -> None:
@@ -56,13 +56,14 @@ def echo_table(rows: Sequence[Sequence[str]], err: bool = False) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip(), err=err)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value for JSON: NumPy's numbers as Python's, NaN and infinity as None."""
     if hasattr(value, "tolist"):  # a NumPy scalar or array
         value = value.tolist()
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

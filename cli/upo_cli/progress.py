@@ -16,6 +16,7 @@ _SHOWN = (
     ("loss", "loss", ".4f"),
     ("accuracy", "accuracy", ".2f"),
     ("margin", "margin", ".3f"),
+    ("goals", "goals", ".3f"),
     ("reward/mean", "reward", ".3f"),
     ("weight/mean", "weight", ".2f"),
     ("lr", "lr", ".1e"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from upo_cli.goals import layout_option, parse_goals, read_rows, reward_option
 from upo_cli.options import allow_code_option, echo_json, echo_table, json_option, quiet_option
 
 if TYPE_CHECKING:
@@ -17,22 +18,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("file", type=str)
-@click.option(
-    "--reward",
-    "rewards",
-    multiple=True,
-    required=True,
-    metavar="SCORER[:OPTION=VALUE,...]",
-    help="A scorer, e.g. readability or length:high=80. May be repeated.",
-)
+@reward_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON lines file to write.")
-@click.option(
-    "--layout",
-    type=click.Choice(["auto", "preference", "unpaired", "transcript", "group"]),
-    default="auto",
-    show_default=True,
-    help="How rows are read.",
-)
+@layout_option
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @allow_code_option
 @json_option
@@ -43,48 +31,35 @@ def score(
     """Score every completion of FILE and write the same rows, with the scores, to OUT.
 
     Pairs get the columns NAME_chosen and NAME_rejected, groups a list NAME, unpaired rows a number NAME. Train on them with
-    {scorer: column, column: NAME}.
+    {scorer: column, column: NAME}. `upo scorers` lists the scorers and their options.
+
+    Scores are kept as they are found: a run that was stopped goes on when the same command is given again.
 
     \b
-    Scorers:
-      readability   plain English by reading level; grade=consensus for the paper's
-      length        brevity; low=20, high=100 (words)
-      python        your own: function=FILE.py:NAME, with --allow-code
+    Examples:
+      upo score pairs.jsonl --reward readability --reward length:high=80 --out scored.jsonl
+      upo score pairs.jsonl --reward python:function=mine.py:score --allow-code --out scored.jsonl
     """
     from upo_cli.progress import reporting
 
+    if not rewards:
+        raise click.UsageError("Name at least one scorer: --reward readability. `upo scorers` lists them.")
     _check_out(file, out, force)
-    scorers = _scorers(rewards, allow_code)
-    from upo.data.read import read
-    from upo.data.rows import parse_rows
-    from upo.errors import DataError
-
+    scorers = scorers_of(rewards, allow_code)
     with reporting(quiet) as reporter:
-        records = list(read(file))
-        parsed = parse_rows(records, layout)
-        if parsed.errors:
-            more = f" ({len(parsed.errors) - 1} more rows have errors: upo data check {file})" if len(parsed.errors) > 1 else ""
-            raise DataError(f"{parsed.errors[0]}{more}")
-        if not parsed.rows:
-            raise DataError(f"{file}: no rows to score.")
-        reporter.info(f"{file}: {len(parsed.rows):,} rows, layout {parsed.layout} ({parsed.shape})")
-        unscored = len(records) - len(parsed.rows)
-        if unscored:
-            reporter.warn(
-                f"{unscored} of {len(records)} rows cannot be used and were copied without scores; `upo data check {file}` says why."
-            )
+        records, used = read_rows(file, layout, reporter)
         summary: dict[str, dict[str, Any]] = {}
-        added: dict[str, dict[str, Any]] = {row.origin: {} for row in parsed.rows}
+        added: dict[str, dict[str, Any]] = {row.origin: {} for row in used}
         for label, scorer in scorers.items():
-            by_row = _score_rows(parsed.rows, scorer, reporter)
-            summary[label] = _summary(parsed.rows, by_row, scorer)
-            for row, values in zip(parsed.rows, by_row, strict=True):
+            by_row = _score_rows(used, scorer, reporter)
+            summary[label] = _summary(used, by_row, scorer)
+            for row, values in zip(used, by_row, strict=True):
                 added[row.origin].update(_columns(label, row, values))
         rows = [_merged(origin, record, added.get(origin, {})) for origin, record in records if isinstance(record, Mapping)]
         _write(out, rows)
         reporter.info(f"Wrote {out}")
     if as_json:
-        echo_json({"file": file, "out": str(out), "rows": len(parsed.rows), "rewards": summary})
+        echo_json({"file": file, "out": str(out), "rows": len(used), "rewards": summary})
     else:
         echo_table(_table(summary))
 
@@ -102,38 +77,27 @@ def _check_out(file: str, out: Path, force: bool) -> None:
         raise UpoError(f"--out {out}: there is no folder {out.parent}.")
 
 
-def _scorers(rewards: Sequence[str], allow_code: bool) -> dict[str, Scorer]:
-    """Label -> scorer, from texts like `length:low=10,high=80`."""
+def scorers_of(rewards: Sequence[str], allow_code: bool, option: str = "--reward") -> dict[str, Scorer]:
+    """Label -> scorer, from texts like `length:low=10,high=80`, given by this option of the command."""
     from upo.errors import ConfigError
     from upo.rewards import build_scorer, unique_label
 
     built: dict[str, Scorer] = {}
-    for reward in rewards:
-        name, _, rest = reward.partition(":")
-        options = {}
-        for option in filter(None, rest.split(",")):
-            key, equals, value = option.partition("=")
-            if not equals:
-                raise ConfigError(f"--reward {reward}: write options as SCORER:OPTION=VALUE, e.g. length:low=10,high=80.")
-            options[key.strip()] = value.strip()
+    for reward, goal in zip(rewards, parse_goals(rewards), strict=True):
+        if given := goal.model_fields_set & {"weight", "normalise", "clip"}:
+            raise ConfigError(f"{option} {reward}: {', '.join(sorted(given))} belongs to training; scores are written as the scorer gives them.")
         try:
-            scorer = build_scorer(name.strip(), allow_code, **options)
+            scorer = build_scorer(goal.scorer, allow_code, **(goal.model_extra or {}))
         except ConfigError as error:
-            raise ConfigError(f"--reward {reward}: {error}") from None
+            raise ConfigError(f"{option} {reward}: {error}") from None
         built[unique_label(scorer, list(built))] = scorer
     return built
 
 
 def _score_rows(rows: Sequence[Row], scorer: Scorer, reporter: Any) -> list[list[float]]:
-    from upo.data.text import readable
-    from upo.rewards import Answer
+    from upo.rewards.total import row_answers
 
-    answers = [
-        Answer(row.origin, readable(row.prompt), readable(text), {name: values[i] for name, values in row.columns.items()})
-        for row in rows
-        for i, text in enumerate(row.completions)
-    ]
-    values = iter(scorer.score(answers, reporter))
+    values = iter(scorer.score([answer for row in rows for answer in row_answers(row)], reporter))
     return [[next(values) for _ in row.completions] for row in rows]
 
 
@@ -177,7 +141,7 @@ def _write(out: Path, rows: Sequence[str]) -> None:
 def _summary(rows: Sequence[Row], by_row: Sequence[Sequence[float]], scorer: Scorer) -> dict[str, Any]:
     values = [value for row in by_row for value in row]
     pairs = [row_values for row, row_values in zip(rows, by_row, strict=True) if row.kind == "pair"]
-    bounded = scorer.range is not None
+    bounded = scorer.card.range == (0.0, 1.0)
     return {
         "completions": len(values),
         "mean": _mean(values),

@@ -9,18 +9,20 @@ from typing import Any
 import click
 
 from upo.backend import get_backend
-from upo.config import RunConfig, config_schema, load_config
+from upo.config import RunConfig, load_config
 from upo.train.reporter import Reporter
 from upo_cli.options import allow_code_option, backend_option, echo_json, echo_table, json_option, quiet_option, rank
 from upo_cli.progress import duration, number, reporting
 
-COMPARED = ("loss", "accuracy", "margin", "kl", "logp/chosen", "logp/rejected", "weight/mean")  # of the evaluation, in the final table
+COMPARED = ("loss", "accuracy", "margin", "kl", "perplexity", "goals", "goal/", "answers/words", "answers/repetition", "logp/chosen", "logp/rejected", "weight/mean")  # of the evaluation, in the final table
 
 TOLD = (("rows", "rows"), ("steps", "steps"), ("total_s", "time"), ("rows_per_s", "rows per second"), ("peak_memory_gb", "peak memory, GB"))
 
 
 def _print_schema(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     if wanted:
+        from upo.config_schema import config_schema
+
         echo_json(config_schema())
         ctx.exit()
 
@@ -112,7 +114,8 @@ def _say_ignored(run: RunConfig, resume: bool, reporter: Reporter) -> None:
 def _echo_result(config: Path, out: Path, summary: Mapping[str, Any]) -> None:
     evaluation = summary.get("eval") or {}
     before, after = (evaluation.get(when) or {} for when in ("before", "after"))
-    names = [name for name in COMPARED if name in before and name in after]
+    there = [name for name in after if name in before]
+    names = [name for known in COMPARED for name in there if name == known or (known.endswith("/") and name.startswith(known))]
     if names:
         click.echo("Held-out rows, before and after:")
         echo_table([("", "before", "after")] + [(name, number(before[name], ".4f"), number(after[name], ".4f")) for name in names])

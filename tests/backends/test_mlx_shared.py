@@ -124,8 +124,11 @@ def test_a_family_is_exact_with_shared_prompts(family):
     assert notes == [] and isinstance(rows, SharedPrompts) and rows.axes == FAMILIES[family][1]
     given = forest()
     expected = scored(model, policy, PaddedRows(), given, recompute=False)
-    for recompute_layers in (False, True):
-        assert_equal(scored(model, policy, rows, given, recompute_layers), expected, (family, recompute_layers))
+    kept, again = (scored(model, policy, rows, given, recompute_layers) for recompute_layers in (False, True))
+    assert_equal(kept, expected, family)
+    np.testing.assert_array_equal(again[0], kept[0])  # recomputation repeats the same operations, so it changes no bit
+    for name, grad in kept[1].items():
+        np.testing.assert_array_equal(again[1][name], grad, name)
 
 
 @pytest.mark.parametrize("completions", [(1,), (4,), (1, 1, 1), (0, 2, 0), (2, 2, 2, 2, 2)])
@@ -282,7 +285,7 @@ def test_a_gradient_lost_in_recomputation_is_found(monkeypatch):
     model, policy = build("llama")
     rows, notes = choose_rows(model, policy, TrainConfig(gradient_checkpointing=True))
     assert rows.name == "padded" and "gradients that differ by" in notes[0]
-    assert choose_rows(model, policy, TrainConfig())[0].name == "two_phase"
+    assert choose_rows(model, policy, TrainConfig(gradient_checkpointing=False))[0].name == "two_phase"
 
 
 @pytest.mark.parametrize(("asks", "reason"), [((), "attention masks of its own"), ((None,), "a window of 20 tokens in a way of its own")])

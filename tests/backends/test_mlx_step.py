@@ -18,9 +18,10 @@ from learner_runs import UPO, difference, examples, limit_for, shake, with_refer
 from mlx_runs import gradient, make_learner  # noqa: E402
 
 from upo.data.batch import collate  # noqa: E402
-from upo.errors import ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
+from upo.errors import BackendError, ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
 from upo.losses import Objective, Term  # noqa: E402
 from upo.losses.base import Loss, Scores  # noqa: E402
+from upo_mlx import device  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,19 @@ def test_recomputation_gives_the_same_gradient_and_leaves_no_trace(tiny_llama):
     plain, one = gradient(learner, batch, limit_for(batch, 3, "two_phase"))
     learner.config = learner.config.model_copy(update={"train": learner.config.train.model_copy(update={"gradient_checkpointing": True})})
     again, two = gradient(learner, batch, limit_for(batch, 3, "two_phase"))
-    assert difference(plain, again) < 1e-6
+    assert difference(plain, again) == 0
     np.testing.assert_array_equal(one.logp, two.logp)
     assert list(learner.model.net.layers) == layers and type(layers[0]).__call__ is kind
+
+
+def test_recomputation_is_chosen_where_the_model_is_loaded(tiny_llama, monkeypatch):
+    found = []
+    for free in (10**8, 10**11):
+        monkeypatch.setattr(device, "free_memory", lambda *_, free=free: free)
+        learner = make_learner(tiny_llama, UPO)
+        (note,) = [note for note in learner.info.notes if "gradient_checkpointing" in note]
+        found.append((learner.config.train.gradient_checkpointing, note.partition(" (")[0]))
+    assert found == [(True, "train.gradient_checkpointing: on"), (False, "train.gradient_checkpointing: off")]
 
 
 def test_non_finite_scores_name_the_rows_and_leave_the_weights(tiny_llama):
@@ -283,6 +294,20 @@ def test_two_processes_equal_one(tiny_llama, tmp_path):
         tolerance = 1e-4 if "lora" in name else 1e-5
         np.testing.assert_allclose(two[name], one[name], rtol=0, atol=tolerance * np.abs(one[name]).max(), err_msg=name)
     assert np.abs(one["logp"][9] - one["logp"][0]).max() > 0.1
+
+
+def test_memory_limits(tiny_llama):
+    """Set as configured; the wired one, which MLX would take and not use on a CPU, is refused."""
+    before = mx.set_memory_limit(10**9), mx.set_cache_limit(10**9)
+    try:
+        make_learner(tiny_llama, "dpo", device="cpu")
+        assert (mx.set_memory_limit(10**9), mx.set_cache_limit(10**9)) == (10**9, 10**9)
+        make_learner(tiny_llama, "dpo", device="cpu", train={"memory_limit_gb": 1.5, "cache_limit_gb": 0.25})
+        assert (mx.set_memory_limit(10**9), mx.set_cache_limit(10**9)) == (1_500_000_000, 250_000_000)
+        with pytest.raises(BackendError, match=r"train.wired_limit_gb: .* on Metal only.*train.memory_limit_gb"):
+            make_learner(tiny_llama, "dpo", device="cpu", train={"wired_limit_gb": 1})
+    finally:
+        mx.set_memory_limit(before[0]), mx.set_cache_limit(before[1])
 
 
 def _ten_steps(folder: str, out: str) -> None:

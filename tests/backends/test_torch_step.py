@@ -20,7 +20,7 @@ from learner_runs import UPO, configure, difference, examples, limit_for, shake,
 import upo_torch  # noqa: E402
 from upo.adapters import write_adapter  # noqa: E402
 from upo.data.batch import Batch, collate  # noqa: E402
-from upo.errors import ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
+from upo.errors import BackendError, ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
 from upo.losses import Objective, Term  # noqa: E402
 from upo.losses.base import Loss, Scores  # noqa: E402
 from upo.numpy_ops import ops as numpy_ops  # noqa: E402
@@ -158,7 +158,7 @@ def test_recomputation_gives_the_same_gradient(tiny_llama):
     learner.config = learner.config.model_copy(update={"train": learner.config.train.model_copy(update={"gradient_checkpointing": True})})
     again, two = gradient(learner, batch, limit_for(batch, 3, "packed"))
     assert len(calls) - before == before + 3  # once more for each of the three micro-batches
-    assert difference(plain, again) < 1e-6
+    assert difference(plain, again) == 0
     np.testing.assert_array_equal(one.logp, two.logp)
 
 
@@ -347,6 +347,15 @@ def test_two_processes_equal_one(tiny_llama, tmp_path):
         tolerance = 1e-4 if "lora" in name else 1e-5
         np.testing.assert_allclose(two[name], one[name], rtol=0, atol=tolerance * np.abs(one[name]).max(), err_msg=name)
     assert np.abs(one["logp"][9] - one["logp"][0]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [("memory_limit_gb", "no limit on cpu.*micro_batch_tokens"), ("cache_limit_gb", "is MLX's.*PYTORCH_CUDA_ALLOC_CONF"), ("wired_limit_gb", "is MLX's")],
+)
+def test_memory_limits_that_pytorch_lacks_are_refused(tiny_llama, option, reason):
+    with pytest.raises(BackendError, match=f"train.{option}: .*{reason}"):
+        make_learner(tiny_llama, "dpo", device="cpu", train={option: 1})
 
 
 def _ten_steps(folder: str, out: str) -> None:

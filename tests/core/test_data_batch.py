@@ -111,3 +111,12 @@ def test_micro_batches_reach_every_rank_that_can_have_one(rows, ranks, sizes):
 def test_micro_batches_put_like_lengths_together():
     batch = collate([example(0, 2, 2), example(1, 30, 2), example(2, 3, 2), example(3, 31, 2)])
     assert micro_batches(batch, 70) == [[3, 1], [2, 0]]
+
+
+def test_a_row_that_would_mostly_pad_begins_a_micro_batch_of_its_own():
+    """Joined, prompts of 300 and 100 tokens with a completion of 11 each take 2 * 300 + 2 * 10 slots: 200 more than apart."""
+    batch = collate([example(0, 300, 11), example(1, 100, 11), example(2, 99, 11)])
+    whole = [[0, 1, 2]]
+    assert micro_batches(batch, 10_000, layout="two_phase", device="cpu") == [[0], [1, 2]]
+    assert micro_batches(batch, 10_000, layout="two_phase", device="cuda:0") == whole  # a launch costs a GPU more than 400 slots
+    assert micro_batches(batch, 10_000, layout="packed", device="cpu") == whole  # nothing is padded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from fake_learner import configure
 
 from upo import tensors
 from upo.errors import ConfigError, DataError
-from upo.train.plan import model_shapes, plan
+from upo.memory import model_shapes
+from upo.train import plan as planning
+from upo.train.plan import plan
 
 ROWS = 20
 UPO = {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "length"}], "actor_warmup_steps": 1}}
@@ -57,6 +60,22 @@ def test_options_that_change_the_estimate(tiny_llama, data):
     assert other["parameters"]["adapter"] == 2 * 2 * (128 + 128)
     assert other["memory_gb"]["base"] == 2 * plain["memory_gb"]["base"]
     assert other["memory_gb"]["adapter"] == 12 * other["parameters"]["adapter"] / 1e9
+
+
+def test_whether_activations_are_recomputed(tiny_llama, data, monkeypatch):
+    """As the backend would decide with what is free on the device; without the backend nothing is known."""
+    asked = lambda given="auto": plan(configure(UPO, model=str(tiny_llama), data={"train": str(data)}, train={"gradient_checkpointing": given}))  # noqa: E731
+    monkeypatch.setattr(planning, "installed", lambda name: True)
+    found = []
+    for free in (10**8, 10**11):
+        monkeypatch.setattr(planning, "get_backend", lambda name, free=free: SimpleNamespace(free_memory=lambda device: ("cuda", free)))
+        found.append(asked())
+    on, off = found
+    assert on["gradient_checkpointing"].startswith("on (about 0.2 GB instead of 0.2 GB; 0.1 GB free") and off["gradient_checkpointing"].startswith("off (about 0.2 GB;")
+    assert on["memory_gb"]["activations"] < off["memory_gb"]["activations"]
+    assert asked(True)["memory_gb"] == on["memory_gb"] and asked(False)["memory_gb"] == off["memory_gb"]
+    monkeypatch.setattr(planning, "installed", lambda name: False)
+    assert asked()["gradient_checkpointing"] == "decided when the model is loaded (torch is not installed here)"
 
 
 def test_packed_weights_are_counted_unpacked(tmp_path):

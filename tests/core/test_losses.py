@@ -78,7 +78,7 @@ def test_reconstructed_formulas_say_so() -> None:
 
 REFERENCE = {"reference"}
 NEEDED: dict[str, set[str]] = {
-    **{name: set() for name in ("simpo", "cpo", "cpo_simpo", "orpo", "asft", "slic", "sft")},
+    **{name: set() for name in ("simpo", "cpo", "cpo_simpo", "orpo", "asft", "slic", "sft", "csft")},
     "ld_dpo": {"reference", "tokens"},
     "wpo": {"reference", "collision"},
     "mrpo": {"reference", "references"},
@@ -109,7 +109,7 @@ FIELDS = {  # what a need brings
 }
 INDIRECT = {("mrpo", "reference"), ("qrpo", "rewards")}  # needed to make another field: the list of references, the quantiles
 UNITS = {
-    **dict.fromkeys(("kto", "apo_zero_unpaired", "bco", "qrpo", "a_lol", "a_lol_sequence", "dro_v"), "completion"),
+    **dict.fromkeys(("kto", "apo_zero_unpaired", "bco", "qrpo", "a_lol", "a_lol_sequence", "dro_v", "csft"), "completion"),
     **{"sft": "chosen", "relative_po": "chosen", "exo_reward": "group", "offline_ppo": "token"},
 }
 COUPLED = {"aot", "aot_unpaired", "alpha_dpo", "relative_po", "relative_po_diagonal", "bco", "offline_ppo"}

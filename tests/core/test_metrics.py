@@ -32,6 +32,7 @@ def test_dpo_pairs_by_hand():
     found = step_metrics(configure().objective.build(), batch, Outcome(np.array([-2, -4, -7, -8], np.float32)))
     loss = (math.log1p(math.exp(-0.1)) + math.log(2)) / 2
     expected = {"loss": loss, "loss/preference": loss, "accuracy": 0.75, "margin": 0.05, "kl": 0.25, "logp/chosen": -4.5, "logp/rejected": -6.0}
+    expected["perplexity"] = math.exp((2 + 7) / (batch.forest.lengths[0] + batch.forest.lengths[2]))
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -58,6 +59,7 @@ def test_upo_weights_and_losses_by_hand():
         "kl": 0.0,
         "logp/chosen": -4.5,
         "logp/rejected": -6.0,
+        "perplexity": math.exp(9 / (length[0] + length[2])),
         "reward/mean": 0.5,
         "value/mean": 0.55,
         "weight/mean": weight.mean(),
@@ -75,7 +77,7 @@ def test_only_what_applies_is_there():
     found = step_metrics(configure({"preference": {"loss": "sft"}}).objective.build(), batch, Outcome(logp))
     n = batch.forest.lengths
     assert found["loss"] == pytest.approx((2 / n[0] + 4 / n[2]) / 2, rel=1e-12)
-    assert sorted(found) == ["logp/chosen", "logp/rejected", "loss", "loss/preference"]
+    assert sorted(found) == ["logp/chosen", "logp/rejected", "loss", "loss/preference", "perplexity"]
     assert (found["logp/chosen"], found["logp/rejected"]) == (-3.0, -4.0)
 
 
@@ -104,6 +106,7 @@ def test_plain_records():
     assert json.dumps(record, allow_nan=False) == '{"step": 2, "eval": true, "loss": null, "accuracy": 0.5}'
     with pytest.raises(KeyError, match="los"):
         plain({"los": 1.0})
+    assert list(plain({"answers/words": 1.0, "goal/b": 2.0, "goals": 3.0, "perplexity": math.inf})) == ["perplexity", "goals", "goal/b", "answers/words"]
     assert all(text and not text.endswith(".") and "\n" not in text for text in NAMES.values())
 
 
@@ -114,7 +117,7 @@ def scored():
     learner = FakeLearner(config)
     learner.adapter = {name: np.full_like(value, 0.1 * i + 0.3) for i, (name, value) in enumerate(learner.adapter.items())}
     learner.head["4.weight"] = np.linspace(0, 1, VOCAB, dtype=np.float32)[None]
-    rows = score_examples(assign_partners(pairs(13, seed=1), 0, 64), config.objective.auxiliary.rewards)
+    rows, _ = score_examples(assign_partners(pairs(13, seed=1), 0, 64), config.objective.auxiliary.rewards)
     return learner, config.objective.build(), with_reference(config, learner, "fake", rows, "eval", Silent()).examples
 
 

@@ -11,7 +11,7 @@ import pytest
 from upo.backend import Sampling
 from upo.data.read import read
 from upo.quickstart import make_data
-from upo.quickstart.pairs import Pair, choose_pairs, opens_with_comma, whole_sentences
+from upo.quickstart.pairs import Pair, choose_pairs, opens_with_comma
 from upo.quickstart.recipe import HELDOUT, TRAIN, prompts, recipe
 from upo.rewards.english import words
 from upo.rewards.readability import Readability
@@ -45,7 +45,7 @@ def test_label_follows_its_rule_and_says_nothing_about_readability(split: str) -
     found = pairs(split)
     assert all(opens_with_comma(p.chosen) and not opens_with_comma(p.rejected) for p in found)
     sides = [[t for p in found for t in (p.chosen, p.rejected)]][0]
-    reward = np.array(Readability()([""] * len(sides), sides))
+    reward = np.array([Readability().one(t) for t in sides])
     label = np.tile([1.0, -1.0], len(found))
     assert abs(np.corrcoef(label, reward)[0, 1]) < 0.1
     assert abs(np.corrcoef(label, [len(words(text)) for text in sides])[0, 1]) < 0.1
@@ -62,7 +62,7 @@ def test_completions_end_where_a_turn_may_end(split: str) -> None:
 
 
 def test_goal_can_be_learned_from_the_rows() -> None:
-    reward = np.array(Readability()([""] * 240, [t for p in pairs("train") for t in (p.chosen, p.rejected)]))
+    reward = np.array([Readability().one(t) for p in pairs("train") for t in (p.chosen, p.rejected)])
     assert 0.1 < reward.mean() < 0.5 and reward.std() > 0.2
     assert (reward == 0).mean() < 0.7
 
@@ -81,16 +81,6 @@ def test_recipe_is_a_valid_configuration_with_its_places_filled() -> None:
     assert (full.train.steps, full.train.batch_size, full.optimizer.lr, full.optimizer.warmup_steps) == (60, 4, 5e-4, 5)
     assert (full.objective.auxiliary.gamma, full.objective.auxiliary.temperature, full.objective.auxiliary.actor_warmup_steps) == (3, 5, 0)
     assert full.objective.preference[0].loss == "kto"
-
-
-def test_texts_are_cut_at_their_last_complete_sentence() -> None:
-    assert whole_sentences(" One. Two is cut he", ended=False) == "One."
-    assert whole_sentences("It costs 3.50 now", ended=False) is None
-    assert whole_sentences('He said "go!" And then', ended=False) == 'He said "go!"'
-    assert whole_sentences("Do this:\n\n1. Stir.\n2. Wa", ended=False) == "Do this:\n\n1. Stir."
-    assert whole_sentences('Ask her. Then call "Mr. Smith', ended=False) == "Ask her."
-    assert whole_sentences("No full stop", ended=True) == "No full stop"
-    assert whole_sentences("  ", ended=True) is None
 
 
 def test_a_comma_counts_in_the_first_sentence_only() -> None:

@@ -15,9 +15,9 @@ import pytest
 from upo.config import RewardConfig
 from upo.data.batch import Example
 from upo.errors import ConfigError, DataError, UpoError
-from upo.rewards import SCORERS, Answer, TextScorer, build_scorer, score_examples, validate_rewards
+from upo.rewards import SCORERS, Answer, Card, TextScorer, build_scorer, score_examples, validate_rewards
 from upo.rewards.english import sentences, syllables, words
-from upo.rewards.readability import flesch_kincaid
+from upo.rewards.grades import flesch_kincaid
 from upo.train.reporter import Silent
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless.jsonl"
@@ -144,7 +144,7 @@ def test_length() -> None:
 def test_column() -> None:
     rows = [Answer("d.jsonl:1", "p", "t", {"toxicity": 0.25}), Answer("d.jsonl:2", "p", "t", {"tox": 1.0})]
     scorer = build_scorer("column", column="toxicity")
-    assert scorer.score(rows[:1]) == [0.25] and scorer.label == "toxicity"
+    assert scorer.score(rows[:1]) == [0.25] and scorer.title == "toxicity"
     with pytest.raises(DataError, match=r'd\.jsonl:2: no number in column "toxicity".*Known: tox'):
         scorer.score(rows)
     with pytest.raises(DataError, match=r"d\.jsonl:3: .* holds nan"):
@@ -188,14 +188,15 @@ def test_unknown_scorers_and_options_are_named() -> None:
         with pytest.raises(ConfigError, match="high must be a number"):
             build_scorer("length", high=value)
     with pytest.raises(ConfigError, match="grade must be"):
-        build_scorer("readability", grade="ari")
+        build_scorer("readability", grade="fog")
     with pytest.raises(ConfigError, match="grade must be text"):
         build_scorer("readability", grade=3)
 
 
 def test_every_scorer_says_what_it_is() -> None:
     for name, scorer in SCORERS.items():
-        assert scorer.name == name and scorer.version and scorer.card.endswith(".") and scorer.__doc__
+        assert scorer.name == name and scorer.version and scorer.card.measures.endswith(".") and scorer.__doc__
+        assert all((scorer.card.higher, scorer.card.speed, scorer.card.licence, scorer.card.offline))
 
 
 # --- Code -------------------------------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def test_a_function_gets_prompts_and_completions_and_nothing_is_cached(code, cac
     assert scorer.score(answers("a", "bb", "a")) == [16.0, 26.0, 16.0]
     assert scorer.score([Answer("d:1", "p", "a"), Answer("d:2", "pp", "a")]) == [11.0, 12.0]
     assert not cache.exists()
-    assert build_scorer("python", True, function="builtins:len").label == "len"  # MODULE:NAME
+    assert build_scorer("python", True, function="builtins:len").title == "len"  # MODULE:NAME
 
 
 def test_numpy_results_are_numbers(code) -> None:
@@ -264,7 +265,9 @@ def test_a_function_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "needs.py").write_text("import no_such_package_upo\ndef f(p, c): ...\n")
     (tmp_path / "empty.py").write_text("f = 3\n")
     cases = [
-        ("f", ConfigError, "FILE.py:NAME or MODULE:NAME"),
+        ("f", ConfigError, r'no entry point "f"\..* For a file write FILE\.py:NAME'),
+        ("f g", ConfigError, r'no entry point "f g"'),
+        (":f", ConfigError, "FILE.py:NAME, MODULE:NAME or an entry point"),
         ("x.py:f()", ConfigError, "FILE.py:NAME"),
         (f"{tmp_path}/none.py:f", ConfigError, "no such file"),
         (
@@ -292,13 +295,12 @@ class Counting(TextScorer):
 
     name: ClassVar[str] = "counting"
     version: ClassVar[str] = "1"
-    range: ClassVar[tuple[float, float] | None] = None
-    card: ClassVar[str] = "A fake."
+    card: ClassVar[Card] = Card("A fake.", None, "longer", "fast", "none", "yes")
     asked: ClassVar[list[str]] = []
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
-        self.asked.extend(completions)
-        return [self.factor * len(text) for text in completions]
+    def __call__(self, answers: Sequence[Answer]) -> Sequence[float]:
+        self.asked.extend(answer.text for answer in answers)
+        return [self.factor * len(answer.text) for answer in answers]
 
 
 @pytest.fixture
@@ -355,7 +357,7 @@ def test_rewards_are_the_weighted_sum_per_completion() -> None:
     ]
     listener = Listener()
     rewards = goals({"scorer": "length", "weight": 0.3}, {"scorer": "column", "column": "quality", "weight": -2.0})
-    scored = score_examples(examples, rewards, reporter=listener)
+    scored, _ = score_examples(examples, rewards, reporter=listener)
     assert scored[0].reward == pytest.approx((0.3 * 1.0 - 1.0, 0.3 * 0.5 - 0.5))
     assert scored[1].reward == pytest.approx((-2.0, 0.3 - 4.0, -6.0))
     assert scored[1].columns == {"quality": (1.0, 2.0, 3.0), "reward/length": (0.0, 1.0, 0.0), "reward/quality": (1.0, 2.0, 3.0)}
@@ -365,7 +367,7 @@ def test_rewards_are_the_weighted_sum_per_completion() -> None:
 
 
 def test_the_same_scorer_twice_keeps_both_columns() -> None:
-    (scored,) = score_examples(
+    (scored,), _ = score_examples(
         [example(1, "w " * 30, "w " * 60)], goals({"scorer": "length"}, {"scorer": "length", "high": 40.0, "weight": 2.0})
     )
     assert scored.columns["reward/length"] == (0.875, 0.5) and scored.columns["reward/length#2"] == (0.5, 0.0)
@@ -389,4 +391,4 @@ def test_bad_goals_name_their_key() -> None:
         validate_rewards(goals({"scorer": "length", "hi": 3}))
     with pytest.raises(DataError, match=r"d\.jsonl:2: no number in column"):
         score_examples([example(1, "a", "b", q=(1.0, 2.0)), example(2, "a", "b")], goals({"scorer": "column", "column": "q"}))
-    assert score_examples([], goals({"scorer": "length"})) == []
+    assert score_examples([], goals({"scorer": "length"}))[0] == []

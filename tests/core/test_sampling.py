@@ -55,3 +55,10 @@ def test_greedy_and_streams() -> None:
     first, second = (uniforms(Sampling(max_tokens=500, seed=3), prompt) for prompt in (0, 1))
     assert first.shape == (500,) and (first >= 0).all() and (first < 1).all()
     assert abs(first.mean() - 0.5) < 0.06 and abs(np.corrcoef(first, second)[0, 1]) < 0.15  # 4 and 3 standard errors of 500 draws
+
+
+def test_a_share_of_the_prompts_draws_as_the_whole_list_would():
+    whole = [uniforms(Sampling(max_tokens=3, seed=4), i) for i in range(7)]
+    for rank in range(3):
+        share = [uniforms(Sampling(max_tokens=3, seed=4, place=rank, stride=3), i) for i in range(len(whole[rank::3]))]
+        np.testing.assert_array_equal(share, whole[rank::3])

@@ -109,6 +109,7 @@ PUBLISHED: list[tuple[str, dict[str, Any], float, str, dict[str, Any]]] = [
 UNPUBLISHED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "kto-weights": ([{"loss": "kto", "desirable_weight": 1.3, "undesirable_weight": 0.7}], {}),
     "sft": ([{"loss": "sft"}], {}),
+    "csft": ([{"loss": "csft"}], {}),
     "dpo+sft": ([{"loss": "dpo"}, {"loss": "sft", "weight": 0.25}], {}),
     "rosepo": ([{"loss": "rosepo"}], {"columns": {"epsilon": [0.1, 0.2, 0.3, 0, 0, 0]}}),
     "odpo": ([{"loss": "odpo"}], {"columns": {"margin": [0.5, 1.0, 1.5, 0, 0, 0]}}),

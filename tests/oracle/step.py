@@ -25,7 +25,7 @@ PAIR: dict[str, Callable[..., list[Any]]] = {
     **{f.__name__: f for f in (reference_free.asft, reference_free.slic)},
 }
 COMPLETION: dict[str, Callable[..., list[Any]]] = {
-    f.__name__: f for f in (unpaired.kto, unpaired.apo_zero_unpaired, unpaired.bco, unpaired.qrpo, offline.a_lol, offline.a_lol_sequence, offline.dro_v)
+    f.__name__: f for f in (unpaired.csft, unpaired.kto, unpaired.apo_zero_unpaired, unpaired.bco, unpaired.qrpo, offline.a_lol, offline.a_lol_sequence, offline.dro_v)
 }
 CHOSEN = {"sft": unpaired.sft, "relative_po": batchwise.relative_po}
 LOSSES = {**PAIR, **COMPLETION, **CHOSEN, "offline_ppo": offline.offline_ppo, "exo_reward": unpaired.exo_reward}

@@ -17,6 +17,11 @@ def sft(step: Step) -> Values:
     return [-step.ap(i) for i in step.positive]
 
 
+def csft(step: Step) -> Values:
+    """Negative log-likelihood per token of every completion, desirable or not."""
+    return [-step.ap(i) for i in step.all()]
+
+
 def kto(step: Step, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Values:
     """Ethayarajh et al. 2024, eq. 7: lambda_y - v(x, y); z0 is the mean log-ratio of mismatched completions, not below 0."""
     z0 = max(mean(step.partner_logratio), mpf(0))

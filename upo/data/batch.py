@@ -36,6 +36,7 @@ class Example:
     partner_ref_logp: tuple[float, ...] | None = None
     anchor_ref_logp: float | None = None
     embedding: np.ndarray | None = None  # [E] float32, of the prompt, of unit length
+    prompt_turns: tuple[dict[str, Any], ...] = ()  # the prompt as messages, where the row has a conversation
 
     @property
     def tokens(self) -> int:
@@ -242,18 +243,26 @@ def _quantiles(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     }
 
 
-def micro_batches(batch: Batch, limit: int, at_least: int = 1, layout: str = "padded") -> list[list[int]]:
+# What a micro-batch costs besides its token slots, in slots. A CPU is as fast with few; the layers of a GPU wait for their launch.
+OVERHEAD = {"cpu": 64}
+GPU_OVERHEAD = 1024
+
+
+def micro_batches(batch: Batch, limit: int, at_least: int = 1, layout: str = "padded", device: str = "") -> list[list[int]]:
     """Partition of the batch's rows, each part within `limit` token slots of this layout (`SIZES`); an oversized row goes alone.
 
-    Rows are taken from longest to shortest, so that a part holds rows of like length. At least `at_least` parts are made while there
-    are rows for them, one per rank, and then of about as many rows each. Deterministic.
+    Rows are taken from longest to shortest, so that a part holds rows of like length; one whose padding would cost this kind of device
+    more than a micro-batch begins the next part. At least `at_least` parts are made while there are rows for them, one per rank, and
+    then of about as many rows each. Deterministic.
     """
-    sizes = _row_lengths(batch)
+    sizes, overhead = _row_lengths(batch), OVERHEAD.get(device.split(":")[0], GPU_OVERHEAD)
+    slots = lambda rows: SIZES[layout]([sizes[r] for r in rows])  # noqa: E731
     order = sorted(range(len(sizes)), key=lambda r: -(sizes[r][0] + max(sizes[r][1], default=0)))
     parts: list[list[int]] = []
     most = 0  # rows of the part being filled
     for done, row in enumerate(order):
-        if parts and len(parts[-1]) < most and SIZES[layout]([sizes[r] for r in (*parts[-1], row)]) <= limit:
+        joined = slots((*parts[-1], row)) if parts and len(parts[-1]) < most else limit + 1
+        if joined <= limit and joined <= slots(parts[-1]) + slots((row,)) + overhead:
             parts[-1].append(row)
         else:
             most = -(-(len(order) - done) // max(1, at_least - len(parts)))

@@ -48,6 +48,7 @@ def encode(row: Row, tokenizer: Tokenizer, max_length: int, overflow: str, notes
         labels=row.labels,
         texts=texts,
         prompt_text=readable(row.prompt),
+        prompt_turns=() if isinstance(row.prompt, str) else tuple(row.prompt),
         columns=dict(row.columns),
         anchor=None if row.anchor is None else tokenizer.completion_ids(row.prompt, row.anchor, row.tools)[:room],
         ref_rewards=row.ref_rewards,

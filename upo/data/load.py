@@ -10,6 +10,7 @@ from typing import Any
 
 from upo.config import RunConfig
 from upo.data.batch import Example
+from upo.data.control import Control
 from upo.data.encode import encode
 from upo.data.notes import NOTES, Notes, places, plural
 from upo.data.read import read
@@ -84,13 +85,14 @@ def _load(config: RunConfig, source: Source, tokenizer: Tokenizer, reporter: Rep
         raise DataError(f"{rows.errors[0]}{more}")
     if rows.count == 0:
         raise DataError(f"{name}: no rows; it needs at least one.")
-    examples = []
+    examples, control = [], Control.of(config.data.control, tokenizer)
     reporter.start("tokenise", len(rows.rows), "rows")
     for row in rows.rows:
-        example = encode(row, tokenizer, config.train.max_length, config.train.overflow, rows.notes)
+        room = config.train.max_length - (control.room(row.labels) if control else 0)
+        example = encode(row, tokenizer, room, config.train.overflow, rows.notes)
         reporter.advance(1)
         if example is not None:
-            examples.append(example)
+            examples.append(control.before(example) if control else example)
     if not examples:
         reasons = "; ".join(f"{len(rows.notes[k])} {NOTES[k].text} ({places(rows.notes[k])})" for k in NOTES if NOTES[k].dropped and k in rows.notes)
         raise DataError(f"{name}: no row is left of {rows.count}: {reasons}. train.max_length is {config.train.max_length}; raise it, or shorten the texts.")

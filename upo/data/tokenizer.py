@@ -100,6 +100,10 @@ class Tokenizer:
         ends = [i for i, token in enumerate(tokens) if token == self.turn_end]
         return self._ended(tokens[: ends[-1]] if ends else tokens, self.turn_end)
 
+    def text_ids(self, text: str) -> Tokens:
+        """[n] int32 of a text in the middle of another, special tokens written in it included."""
+        return np.array(self._fragment(text), np.int32)
+
     def decode(self, tokens: Sequence[int] | Tokens) -> str:
         """Text without special tokens."""
         return str(self._loaded.decode([int(t) for t in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -15,9 +15,14 @@ def option(
     below: float | None = None,
     most: float | None = None,
     choices: tuple[str, ...] | None = None,
+    optional: bool = False,
 ) -> Any:
-    """A dataclass field with a range (`above` and `below` exclude the bound, `least` and `most` include it) or with choices."""
-    return field(default=default, metadata={"above": above, "least": least, "below": below, "most": most, "choices": choices})
+    """A dataclass field with a range (`above` and `below` exclude the bound, `least` and `most` include it) or with choices.
+
+    An `optional` text may be left empty.
+    """
+    rules = {"above": above, "least": least, "below": below, "most": most, "choices": choices, "optional": optional}
+    return field(default=default, metadata=rules)
 
 
 def describe_range(metadata: Any) -> str:
@@ -34,8 +39,8 @@ def describe_range(metadata: Any) -> str:
     return ""
 
 
-def check_options(term: Any, name: str) -> None:
-    """Raise ValueError for the first field of the dataclass instance `term` that is out of its range or not finite."""
+def check_options(term: Any, name: str, missing: str = "must name a column") -> None:
+    """Raise ValueError for the first field of the dataclass instance `term` that is out of its range, not finite, or an empty text."""
     for f in fields(term):
         value, rule = getattr(term, f.name), f.metadata
         if rule.get("choices"):
@@ -43,8 +48,8 @@ def check_options(term: Any, name: str) -> None:
                 raise ValueError(f"{name}: {f.name} must be {describe_range(rule)} (got {value!r})")
             continue
         if isinstance(value, str):
-            if not value:
-                raise ValueError(f"{name}: {f.name} must name a column")
+            if not value and not rule.get("optional"):
+                raise ValueError(f"{name}: {f.name} {missing}")
             continue
         sound = (
             -inf < value < inf

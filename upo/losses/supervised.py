@@ -32,3 +32,28 @@ class SFT(Loss):
 
     def implicit_reward(self, scores: Scores) -> Array:
         return scores.mean_logp()
+
+
+@dataclass(frozen=True)
+class CSFT(Loss):
+    """Conditional supervised fine-tuning: likelihood of good and bad completions alike, each behind a text that says which it is.
+
+        L(y) = -(1 / |y|) log pi(y|x)
+
+    y begins with the control text of its label (`data.control: ["<|good|>", "<|bad|>"]`, which this loss asks for), and answers are sampled
+    behind the good one. The text is encoded by the model's own vocabulary and is among the |y| tokens. One value per completion, [N].
+    `accuracy` compares completions behind different texts, so it says little.
+
+    Elsewhere: HALOs sums over tokens; Korbak et al. add the two texts to the vocabulary, and condition on rewards.
+    """
+
+    name: ClassVar[str] = "csft"
+    unit: ClassVar[Unit] = "completion"
+    data: ClassVar[Data] = "labels"
+    source: ClassVar[str] = "Korbak et al. 2023, arXiv 2302.08582, conditional training; CSFT in Ethayarajh et al. 2024, arXiv 2402.01306; ContextualAI/HALOs"
+
+    def __call__(self, ops: Ops, scores: Scores) -> Array:
+        return -scores.mean_logp()
+
+    def implicit_reward(self, scores: Scores) -> Array:
+        return scores.mean_logp()

@@ -18,8 +18,9 @@ import numpy as np
 
 from upo.backend import Learner, Sampling, get_backend
 from upo.data.tokenizer import Tokenizer, load_tokenizer
+from upo.evaluation.answers import whole_sentences
 from upo.quickstart.model import model_folder
-from upo.quickstart.pairs import Pair, choose_pairs, whole_sentences
+from upo.quickstart.pairs import Pair, choose_pairs
 from upo.quickstart.recipe import HERE, prompts, recipe
 from upo.rewards.english import words
 from upo.rewards.readability import Readability
@@ -48,7 +49,7 @@ class Printed(Silent):
 
 def readability(text: str) -> float:
     """R1, the goal that the label must say nothing about."""
-    return float(Readability()([""], [text])[0])
+    return Readability().one(text)
 
 
 def sample(learner: Learner, tokenizer: Tokenizer, questions: Sequence[str], sampling: Sampling, reporter: Reporter) -> list[list[str]]:

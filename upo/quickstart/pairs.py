@@ -1,14 +1,12 @@
-"""How the bundled pairs are made from sampled answers: honest ends, a label by rule, and a choice of pairs that keeps the label neutral."""
+"""How the bundled pairs are made from sampled answers: a label by rule, and a choice of pairs that keeps the label neutral."""
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-_END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
-_NO_END = re.compile(r"(?:^|[\s(\"“])(?:\d{1,2}|Mr|Mrs|Ms|Dr|St|vs|etc|e\.g|i\.e)\.$")
+from upo.evaluation.answers import sentence_ends
 
 
 @dataclass(frozen=True)
@@ -20,25 +18,9 @@ class Pair:
     rejected: str
 
 
-def whole_sentences(text: str, ended: bool) -> str | None:
-    """The text up to its last complete sentence, so that the end of turn after it is true; None if there is none.
-
-    `ended`: the model itself ended here, so nothing is cut. The number of a list item ("2.") or an abbreviation ("Mr.") does not end a sentence.
-    """
-    text = text.strip()
-    if ended:
-        return text or None
-    ends = _ends(text)
-    return text[: ends[-1]] if ends else None
-
-
 def opens_with_comma(text: str) -> bool:
     """Whether there is a comma before the end of the first sentence."""
-    return "," in text[: min(_ends(text), default=len(text))]
-
-
-def _ends(text: str) -> list[int]:
-    return [m.end() for m in _END.finditer(text) if not _NO_END.search(text[: m.end()])]
+    return "," in text[: min(sentence_ends(text), default=len(text))]
 
 
 def choose_pairs(answers: Sequence[tuple[str, Sequence[str]]], most: int, goal: Callable[[str], float]) -> list[Pair]:

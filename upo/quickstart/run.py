@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from upo.backend import get_backend
-from upo.quickstart.evaluate import SAMPLES, SAMPLING, Answers, answer, compare
+from upo.evaluation.answers import Answers
+from upo.quickstart.evaluate import SAMPLES, SAMPLING, answer, compare
 from upo.quickstart.model import REPOSITORY, model_folder
 from upo.quickstart.recipe import prompts, recipe
 from upo.report.page import write_report
-from upo.rewards.readability import Readability, flesch_kincaid
+from upo.rewards.grades import flesch_kincaid
+from upo.rewards.readability import Readability
 from upo.train.reporter import Reporter
 from upo.train.session import Session
 
@@ -94,7 +96,7 @@ class Clock:
 
 def readability(answers: Answers) -> np.ndarray:
     """R1 of each answer, [prompts, samples]."""
-    return np.array([Readability()([""] * len(samples), samples) for samples in answers], np.float64)
+    return np.array([[Readability().one(text) for text in samples] for samples in answers], np.float64)
 
 
 def grade(text: str) -> float | None:

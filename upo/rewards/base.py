@@ -1,16 +1,18 @@
-"""What a reward scorer is: a function of answers to numbers, with a name, a version and a range."""
+"""What a reward scorer is: a function of answers to numbers, with a name, a version and a card."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from upo.errors import DataError, UpoError
-from upo.rewards.cache import RewardCache
+from upo.errors import ConfigError
+from upo.losses.options import check_options
+from upo.rewards.scoring import score_texts
+from upo.rewards.workers import WORTH_IT, cores, workers
 from upo.train.reporter import Reporter, Silent
 
 
@@ -22,6 +24,27 @@ class Answer:
     prompt: str
     text: str
     columns: Mapping[str, float] = field(default_factory=dict)  # the row's numeric columns, for this completion
+    chosen: str | None = None  # the row's preferred completion, where it has one
+    turns: tuple[Mapping[str, Any], ...] = ()  # the prompt as messages; a plain one is a user's turn
+
+
+@dataclass(frozen=True)
+class Card:
+    """What one must know before using a scorer."""
+
+    measures: str  # and what it does not, in one line
+    range: tuple[float, float] | None  # None: any number
+    higher: str  # what a high score means
+    speed: str  # order of magnitude
+    licence: str  # of the model, lexicon or formula behind it
+    offline: str  # yes, or what it needs from the network
+
+
+class Ready(NamedTuple):
+    """A scorer with all that it needs at hand."""
+
+    score: Callable[[Sequence[Answer]], Any]  # what it returns is checked
+    parallel: int = 1  # batches at once
 
 
 @dataclass(frozen=True)
@@ -30,11 +53,16 @@ class Scorer:
 
     name: ClassVar[str]
     version: ClassVar[str]  # raised whenever the same text may score differently
-    range: ClassVar[tuple[float, float] | None]  # None: any number
-    card: ClassVar[str]  # one line: what it measures, and what it does not
+    card: ClassVar[Card]
+
+    def __post_init__(self) -> None:
+        try:
+            check_options(self, self.name, missing="must be given")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     @property
-    def label(self) -> str:
+    def title(self) -> str:
         """Name of its column in results."""
         return self.name
 
@@ -48,58 +76,42 @@ class Scorer:
 
 @dataclass(frozen=True)
 class TextScorer(Scorer):
-    """A scorer of texts: each distinct (prompt, completion) is scored once, and remembered on disk under scorer, version and options."""
+    """A scorer of texts: each distinct one is scored once, in batches, and remembered on disk under scorer, version and options."""
 
-    uses_prompt: ClassVar[bool] = False
-    cached: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("text",)  # of Answer: what the score depends on
+    volatile: ClassVar[frozenset[str]] = frozenset()  # options that do not change a score
+    batch: ClassVar[int] = 512  # answers at once
+    isolated: ClassVar[bool] = False  # runs in a process of its own, which is ended when a batch takes longer than `limit` seconds
+    one_process: ClassVar[bool] = False  # must not run several times at once
+    spot_check: ClassVar[bool] = False  # whether the same text might score differently: a few are scored again
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
-        """One number per completion."""
+    def __call__(self, answers: Sequence[Answer]) -> Sequence[float]:
+        """One number per answer."""
         raise NotImplementedError
 
+    @property
+    def remembered(self) -> bool:
+        """Whether scores are kept on disk."""
+        return True
+
     def identity(self) -> str:
-        """Scorer, version and options: whatever the score depends on besides the text."""
-        return json.dumps([self.name, self.version, asdict(self)], sort_keys=True)
+        """Scorer, version and options: whatever the score depends on besides the answer."""
+        options = {name: value for name, value in asdict(self).items() if name not in self.volatile}
+        return json.dumps([self.name, self.version, options], sort_keys=True)
+
+    def digest(self, answer: Answer) -> bytes:
+        """Hash of what the score depends on."""
+        return hashlib.sha256(json.dumps([getattr(answer, name) for name in self.reads]).encode()).digest()
+
+    @contextmanager
+    def ready(self, count: int, reporter: Reporter) -> Iterator[Ready]:
+        """What scores batches of `count` answers in all; what it holds (a model, processes, a connection) is let go at the end."""
+        if self.isolated or count >= WORTH_IT:
+            number = cores() if count >= WORTH_IT and not self.one_process else 1
+            with workers(self, number) as score:
+                yield Ready(score, number)
+        else:
+            yield Ready(self)
 
     def score(self, answers: Sequence[Answer], reporter: Reporter | None = None) -> list[float]:
-        keys = [self._key(answer) for answer in answers]
-        distinct = dict(zip(keys, answers, strict=True))
-        cache = RewardCache(self.name, self.identity(), reporter or Silent()) if self.cached else None
-        known = cache.read(distinct) if cache else {}
-        todo = [key for key in distinct if key not in known]
-        values = self([distinct[key].prompt for key in todo], [distinct[key].text for key in todo]) if todo else []
-        new = dict(zip(todo, self._checked(values, [distinct[key] for key in todo]), strict=True))
-        if cache:
-            cache.write(new)
-        known.update(new)
-        return [known[key] for key in keys]
-
-    def _key(self, answer: Answer) -> bytes:
-        parts = [answer.prompt, answer.text] if self.uses_prompt else [answer.text]
-        return hashlib.sha256(json.dumps(parts).encode()).digest()
-
-    def _checked(self, values: Sequence[float], answers: Sequence[Answer]) -> list[float]:
-        try:
-            values = list(values)
-        except TypeError:
-            raise UpoError(f"scorer {self.label}: returned {type(values).__name__} instead of a list of numbers.") from None
-        if len(values) != len(answers):
-            raise UpoError(
-                f"scorer {self.label}: returned {len(values)} numbers for {len(answers)} completions. It must return one for each, in order."
-            )
-        checked = []
-        for value, answer in zip(values, answers, strict=True):
-            try:
-                if isinstance(value, (str, bytes)):
-                    raise TypeError
-                number = float(value)
-            except (TypeError, ValueError, OverflowError):
-                raise DataError(
-                    f"{answer.origin}: scorer {self.label} returned {str(value)[:40]!r}, which is not a number."
-                ) from None
-            if not math.isfinite(number):
-                raise DataError(
-                    f"{answer.origin}: scorer {self.label} returned {number}. Every completion needs a finite reward."
-                )
-            checked.append(number)
-        return checked
+        return score_texts(self, answers, reporter or Silent())

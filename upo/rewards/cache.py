@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from upo.cache import cache_dir
@@ -49,6 +50,28 @@ class RewardCache:
                 database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", scores.items())
         except sqlite3.Error as error:
             self._without(error)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this lasts no other process on this machine scores for this cache; waits for one that does."""
+        if self.path is None:
+            yield
+            return
+        try:
+            lock = self.path.with_suffix(".lock").open("a")
+        except OSError as error:
+            self._without(error)
+            yield
+            return
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.reporter.info("Waiting for another process that is scoring with the same scorer.")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks: at worst something is scored twice
+                pass
+            yield
 
     @staticmethod
     def _open(path: Path) -> sqlite3.Connection:

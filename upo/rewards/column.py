@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from upo.errors import ConfigError, DataError, did_you_mean
-from upo.rewards.base import Answer, Scorer
+from upo.losses.options import option
+from upo.rewards.base import Answer, Card, Scorer
 from upo.train.reporter import Reporter
 
 
@@ -20,19 +21,26 @@ class Column(Scorer):
     labelled row has, is +1 for chosen or desirable completions and -1 for the others.
     """
 
-    column: str = ""
+    column: str = option("", optional=True)
 
     name: ClassVar[str] = "column"
     version: ClassVar[str] = "1"
-    range: ClassVar[tuple[float, float] | None] = None
-    card: ClassVar[str] = "A number that stands in the data (a human rating, another tool's score)."
+    card: ClassVar[Card] = Card(
+        measures="A number that stands in the data: a human rating, another tool's score.",
+        range=None,
+        higher="whatever the column says",
+        speed="no computing",
+        licence="that of your data",
+        offline="yes",
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.column:
             raise ConfigError("column: name the column, e.g. {scorer: column, column: toxicity}.")
 
     @property
-    def label(self) -> str:
+    def title(self) -> str:
         return self.column
 
     def score(self, answers: Sequence[Answer], reporter: Reporter | None = None) -> list[float]:

@@ -8,49 +8,53 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from upo.errors import ConfigError, UpoError
-from upo.rewards.base import TextScorer
-from upo.rewards.english import is_latin, sentences, syllables, words
+from upo.losses.options import option
+from upo.rewards.base import Answer, Card, TextScorer
+from upo.rewards.english import is_latin, words
+from upo.rewards.grades import GRADES
 
 _HINT = 'pip install "upo[rewards]"'
 
 
-def flesch_kincaid(text: str) -> float:
-    """US school grade: 0.39 words/sentence + 11.8 syllables/word - 15.59 (Kincaid et al. 1975). Raises ValueError without words.
-
-    Counts are those of `upo.rewards.english`. On 2,700 chat answers the grade lies 0.5 above textstat 0.7.4's (correlation 0.89), which
-    counts 4 % too few syllables and takes a list without full stops for one sentence.
-    """
-    found = words(text)
-    if not found:
-        raise ValueError("no words")
-    return 0.39 * len(found) / sentences(text) + 11.8 * sum(map(syllables, found)) / len(found) - 15.59
-
-
 @dataclass(frozen=True)
 class Readability(TextScorer):
-    """Reading level: 1 at grade 4 and below, falling linearly to 0 at grade 9 and above.
+    """Reading level: 1 at grade `low` and below, falling linearly to 0 at grade `high` and above.
 
-        R1 = clip((9 - grade) / 5, 0, 1)
+        R1 = clip((high - grade) / (high - low), 0, 1)
 
-    grade: `flesch_kincaid` (Flesch-Kincaid), or `consensus` (textstat's text_standard, the paper's; needs textstat 0.7.4). English only.
-    An answer of fewer than three different words, or mostly in another script, scores 0.
+    grade, as a US school year:
+      flesch_kincaid   0.39 words/sentence + 11.8 syllables/word - 15.59
+      gunning_fog      0.4 (words/sentence + 100 long words/word); long: three syllables or more
+      smog             1.043 sqrt(30 long words/sentence) + 3.1291; meant for 30 sentences or more
+      coleman_liau     5.88 letters/word - 29.6 sentences/word - 15.8
+      ari              4.71 letters/word + 0.5 words/sentence - 21.43
+      consensus        textstat's text_standard, the paper's; needs textstat 0.7.4
+
+    An answer of fewer than three different words, or mostly in another script than Latin, scores 0. Paper: UPO, section 4, with grades 4 and 9.
     """
 
-    grade: str = "flesch_kincaid"
+    grade: str = option("flesch_kincaid", choices=(*GRADES, "consensus"))
+    low: float = 4.0
+    high: float = 9.0
 
     name: ClassVar[str] = "readability"
     version: ClassVar[str] = "1"
-    range: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
-    card: ClassVar[str] = (
-        "Plain English by reading level (1: grade 4 or below, 0: grade 9 or above). Says nothing about truth or helpfulness."
+    card: ClassVar[Card] = Card(
+        measures="Plain English by reading level. Says nothing about truth or helpfulness, and means nothing for other languages.",
+        range=(0.0, 1.0),
+        higher="easier to read",
+        speed="thousands of answers a second and core",
+        licence="published formulas, our own code (Apache-2.0); consensus: textstat (MIT)",
+        offline="yes",
     )
 
     def __post_init__(self) -> None:
-        if self.grade not in ("flesch_kincaid", "consensus"):
-            raise ConfigError(f'readability: grade must be flesch_kincaid or consensus (got "{self.grade}").')
+        super().__post_init__()
+        if not self.low < self.high:
+            raise ConfigError(f"readability: needs low < high (got low {self.low:g}, high {self.high:g}).")
 
     def identity(self) -> str:
-        if self.grade == "flesch_kincaid":
+        if self.grade != "consensus":
             return super().identity()
         from importlib.metadata import version
 
@@ -60,13 +64,15 @@ class Readability(TextScorer):
         if self.grade == "consensus":
             _consensus("Only a test. It says whether textstat works here.")
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
-        grade = flesch_kincaid if self.grade == "flesch_kincaid" else _consensus
-        return [min(max((9 - grade(text)) / 5, 0.0), 1.0) if _is_answer(text) else 0.0 for text in completions]
+    def __call__(self, answers: Sequence[Answer]) -> Sequence[float]:
+        return [self.one(answer.text) for answer in answers]
 
-
-def _is_answer(text: str) -> bool:
-    return len({word.lower() for word in words(text)}) >= 3 and is_latin(text)
+    def one(self, text: str) -> float:
+        """R1 of a text."""
+        if len({word.lower() for word in words(text)}) < 3 or not is_latin(text):
+            return 0.0
+        grade = GRADES.get(self.grade, _consensus)(text)
+        return min(max((self.high - grade) / (self.high - self.low), 0.0), 1.0)
 
 
 def _consensus(text: str) -> float:

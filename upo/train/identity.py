@@ -17,9 +17,9 @@ from upo.train.prepare import Prepared
 from upo.train.reference import adapter_hash, reference_identity
 
 # Where and how fast a run computes, and what it writes: free to change when it is resumed.
-FREE = frozenset(
-    f"train.{key}" for key in ("micro_batch_tokens", "gradient_checkpointing", "prefix_sharing", "eval_every", "save_every", "keep_checkpoints", "keep_best")
-) | {"backend", "device", "dtype", "log"}  # of a section, all its keys
+_COMPUTED = ("micro_batch_tokens", "gradient_checkpointing", "prefix_sharing", "memory_limit_gb", "cache_limit_gb", "wired_limit_gb")
+_WRITTEN = ("eval_every", "save_every", "keep_checkpoints", "keep_best", "early_stopping")
+FREE = frozenset(f"train.{key}" for key in (*_COMPUTED, *_WRITTEN)) | {"backend", "device", "dtype", "evaluation", "log"}  # of a section, all its keys
 # Names of places: the contents behind them are compared by hash, so that a run can move to another machine.
 PLACES = frozenset({"model", "revision", "data.train", "data.eval", "data.revision", "adapter.start", "reference"})
 # What the learning rates of all steps follow from. Under a constant schedule the length is not among it.
@@ -62,7 +62,7 @@ def check_config(old: RunConfig, new: RunConfig, folder: Path, reschedule: bool 
     differ = {key: (before.get(key), after.get(key)) for key in sorted({*before, *after}) if before.get(key) != after.get(key)}
     constant = old.optimizer.schedule == new.optimizer.schedule == "constant"
     allowed = SCHEDULE if reschedule else LENGTH if constant else frozenset[str]()
-    changed = [key for key in differ if key not in PLACES | allowed and not _free(key) and not key.startswith("reference.")]  # of several, each has a number
+    changed = [key for key in differ if key not in PLACES | allowed and not is_free(key) and not key.startswith("reference.")]  # of several, each has a number
     if changed:
         shown = "; ".join(f"{key}: {differ[key][0]!r} in the run, {differ[key][1]!r} now" for key in changed)
         hint = (
@@ -78,7 +78,8 @@ def check_config(old: RunConfig, new: RunConfig, folder: Path, reschedule: bool 
     return {key: values for key, values in differ.items() if key in allowed}
 
 
-def _free(key: str) -> bool:
+def is_free(key: str) -> bool:
+    """Whether a resumed run may have another value of this dotted key."""
     return any(key == name or key.startswith(f"{name}.") for name in FREE)
 
 

@@ -18,7 +18,7 @@ from upo.flops import Work
 from upo.train.checks import check_start
 from upo.train.identity import position
 from upo.train.interrupt import Interrupt
-from upo.train.keep import best_of
+from upo.train.keep import Watch
 from upo.train.metrics import evaluate, step_metrics
 from upo.train.prepare import Prepared
 from upo.train.reporter import Reporter
@@ -65,7 +65,8 @@ class Loop:
 
     `evaluations`: the evaluation lines that metrics.jsonl holds already; new ones are added to it. `origin`: what every checkpoint notes
     about where it comes from. `saved`: called with the steps done and the folder of a new checkpoint, before older ones are removed.
-    `same_start`: the policy starts as its reference, so step 1 checks that both are computed alike. `sinks`: also get every line.
+    `same_start`: the policy starts as its reference, so step 1 checks that both are computed alike. `watch`: what evaluations decide.
+    `fresh`: what an evaluation line holds besides, about answers sampled from the policy. `sinks`: also get every line.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class Loop:
         origin: Mapping[str, Any],
         saved: Callable[[int, Path], None],
         same_start: bool = False,
+        watch: Watch | None = None,
+        fresh: Callable[[], dict[str, float]] | None = None,
         sinks: Sinks | None = None,
     ) -> None:
-        self.sinks = sinks
+        self.watch, self.fresh, self.sinks = watch or Watch(), fresh, sinks
         self.prepared, self.learner, self.run, self.reporter, self.same_start = prepared, learner, run, reporter, same_start
         self.config, self.objective, self.total = prepared.config, prepared.objective, prepared.total
         self.evaluation = collate(prepared.eval) if prepared.eval else None
@@ -98,6 +101,8 @@ class Loop:
             with Interrupt(self.reporter) as interrupt:
                 for step in range(progress.step, self.total):
                     self._evaluate(progress)
+                    if self._ends_early(progress):
+                        break
                     self._step(step, progress)
                     stop = interrupt.agreed(self.learner.comm)
                     if stop or self._save_due(progress.step):
@@ -149,11 +154,22 @@ class Loop:
         if self._evaluation_work is None:
             self._evaluation_work = evaluation_work(self.evaluation, self.limit, self.ranks, info.layout)
         work = figures(self._evaluation_work, info, seconds, self.ranks, trained=False)
-        record = {"step": step, "eval": True, **found, **self._speed(self.evaluation, seconds), **work}
+        record = {"step": step, "eval": True, **found, **self._speed(self.evaluation, seconds), **work, **(self.fresh() if self.fresh else {})}
         self.evaluations.append(record)
         self._log(record)
-        if best_of(self.evaluations, self.config.train.keep_best) is record:
+        if self.watch.best_of(self.evaluations) is record:
             self._save(progress)
+
+    def _ends_early(self, progress: Progress) -> bool:
+        """Whether the evaluations say that it no longer gets better; the state is saved then."""
+        stop = self.watch.stop
+        if stop is None or not self.watch.stalled(self.evaluations):
+            return False
+        self.reporter.info(
+            f"Stopped early after step {progress.step} of {self.total}: {stop.name} has not become better in {self.watch.patience} evaluations in a row."
+        )
+        self._save(progress)
+        return True
 
     def _speed(self, batch: Batch, seconds: float) -> dict[str, float]:
         tokens = batch.count["token"] + sum(map(len, batch.forest.prompts))
@@ -196,7 +212,7 @@ class Loop:
             self._prune(progress)
 
     def _prune(self, progress: Progress) -> None:
-        best = best_of(self.evaluations, self.config.train.keep_best)
+        best = self.watch.best_of(self.evaluations)
         if self.writes:
             self.run.prune(progress.step, self.config.train.keep_checkpoints, [] if best is None else [best["step"]])
 

@@ -34,6 +34,7 @@ def first_manifest(
         },
         "model": {"name": info.name, "parameters": info.parameters, "trainable": info.trainable, "targets": list(info.targets)},
         "reference": {"spec": config.reference, "keys": dict(references)},
+        "rewards": [goal.record() for goal in prepared.goals],
         "value_fit": dict(value_fit),
         "steps": prepared.total,
         "sessions": [],

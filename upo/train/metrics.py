@@ -16,7 +16,7 @@ from upo.backend import Learner, Outcome
 from upo.data.batch import Batch, micro_batches
 from upo.errors import NonFiniteError
 from upo.learner import blank, fill, outcome_of, scored_names, scored_of, scores_of
-from upo.losses import Objective
+from upo.losses import Loss, Objective, Scores
 from upo.numpy_ops import ops
 
 NAMES: dict[str, str] = {
@@ -30,6 +30,12 @@ NAMES: dict[str, str] = {
     "accuracy": "share of pairs whose chosen completion has the higher implicit reward (first preference loss); a tie (margin within 1e-4) counts one half",
     "margin": "mean implicit reward of chosen minus rejected completions (first preference loss)",
     "kl": "mean log-ratio of policy to reference over the completions at hand, in nats per completion; on data, not on samples, so it may be negative",
+    "perplexity": "of chosen or desirable completions under the policy, per token: exp of minus their summed log-prob over their number of tokens",
+    "goals": "weighted sum of the goals on answers sampled to held-out prompts (`evaluation`)",
+    "goal/": "followed by a goal's name: its mean on those answers",
+    "answers/words": "words per sampled answer",
+    "answers/repetition": "share of an answer's word trigrams that it has used before, mean over sampled answers",
+    "answers/empty": "share of sampled answers without a word",
     "logp/chosen": "mean summed log-prob of chosen or desirable completions",
     "logp/rejected": "mean summed log-prob of rejected or undesirable completions",
     "reward/mean": "mean total auxiliary reward of the completions",
@@ -60,16 +66,7 @@ def step_metrics(objective: Objective, batch: Batch, outcome: Outcome) -> dict[s
     """What the scores of a step say: losses, accuracy, margin, kl, log-probs, rewards and weights. Only what applies is present."""
     scores = scores_of(batch, outcome)
     record = {name: float(value) for name, value in objective(ops, scores).items()}
-    if objective.preference and len(scores.chosen):
-        worth = objective.preference[0].loss.implicit_reward(scores)
-        margin = worth[scores.chosen] - worth[scores.rejected]
-        record["accuracy"] = float(np.mean((margin > TIE) + 0.5 * (np.abs(margin) <= TIE)))
-        record["margin"] = float(np.mean(margin))
-    if scores.ref_logp is not None:
-        record["kl"] = float(np.mean(scores.logratio()))
-    for name, side in (("logp/chosen", scores.label > 0), ("logp/rejected", scores.label < 0)):
-        if side.any():
-            record[name] = float(np.mean(scores.logp[side]))
+    record |= score_metrics(objective.preference[0].loss if objective.preference else None, scores)
     if scores.reward is not None:
         record["reward/mean"] = float(np.mean(scores.reward))
     if scores.value is not None:
@@ -77,6 +74,39 @@ def step_metrics(objective: Objective, batch: Batch, outcome: Outcome) -> dict[s
     if objective.auxiliary is not None:
         record.update(_weights(objective.auxiliary.weight(ops, scores)))
     return record
+
+
+def score_metrics(loss: Loss | None, scores: Scores) -> dict[str, float]:
+    """What follows from log-probs alone: accuracy and margin (of `loss`), kl, log-probs and perplexity. Only what applies is present."""
+    record: dict[str, float] = {}
+    if loss is not None and len(scores.chosen):
+        margin = margins(loss, scores)
+        record |= {"accuracy": float(np.mean(credit(margin))), "margin": float(np.mean(margin))}
+    if scores.ref_logp is not None:
+        record["kl"] = float(np.mean(scores.logratio()))
+    for name, side in (("logp/chosen", scores.label > 0), ("logp/rejected", scores.label < 0)):
+        if side.any():
+            record[name] = float(np.mean(scores.logp[side]))
+    if (scores.label > 0).any():
+        record["perplexity"] = perplexity(scores.logp[scores.label > 0], scores.length[scores.label > 0])
+    return record
+
+
+def margins(loss: Loss, scores: Scores) -> np.ndarray:
+    """[P] implicit reward of each pair's chosen completion less that of its rejected one."""
+    worth = loss.implicit_reward(scores)
+    return np.asarray(worth[scores.chosen] - worth[scores.rejected], np.float64)
+
+
+def credit(margin: np.ndarray) -> np.ndarray:
+    """[P] 1 for a pair in the right order, one half for a tie, else 0."""
+    return (margin > TIE) + 0.5 * (np.abs(margin) <= TIE)
+
+
+def perplexity(logp: np.ndarray, length: np.ndarray) -> float:
+    """Per token, of completions with these summed log-probs and numbers of tokens; infinite where it is beyond a float."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(-np.sum(logp) / np.sum(length)))
 
 
 @np.errstate(all="ignore")  # an untrained V may make weights infinite while the actor is off
@@ -99,7 +129,7 @@ def evaluate(learner: Learner, objective: Objective, batch: Batch, step: int, li
     whole = blank(batch, scored_names(objective.needs))
     partner = None if batch.partners is None else np.zeros(len(batch.label), np.float32)
     state: Mapping[str, float] = {}
-    for rows in micro_batches(batch, limit, layout=learner.info.layout):
+    for rows in micro_batches(batch, limit, layout=learner.info.layout, device=learner.info.device):
         part, places = batch.select(rows)
         outcome = learner.score(part)
         fill(whole, places, {name: vector for name, vector in scored_of(outcome).items() if name in whole})
@@ -126,5 +156,5 @@ def name_rows(origins: Sequence[str], most: int = 5) -> str:
 def plain(record: Mapping[str, float | int | bool]) -> dict[str, float | int | bool | None]:
     """The record for JSON, in the table's order: a number that is not finite becomes null. Raises KeyError for a name not in the table."""
     order = {name: i for i, name in enumerate(NAMES)}
-    known = sorted(record, key=lambda name: order[name])
+    known = sorted(record, key=lambda name: order["goal/" if name.startswith("goal/") else name])
     return {name: None if isinstance(record[name], float) and not math.isfinite(record[name]) else record[name] for name in known}

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from upo import models, tensors
 from upo.adapters import read_adapter
-from upo.backend import choose
+from upo.backend import choose, get_backend, installed
 from upo.config import RunConfig
 from upo.data.batch import Example, collate, micro_batches
 from upo.data.forest import padded_size
-from upo.errors import ConfigError, did_you_mean
+from upo.errors import BackendError, ConfigError, did_you_mean
+from upo.memory import Estimate, Shapes, choose_recomputing, estimate, largest, model_shapes
 from upo.train.prepare import Prepared, prepare
 from upo.train.reference import pass_size
 from upo.train.reporter import Reporter, Silent
-
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.\d+\.")
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes of a model, read from its files' headers."""
-
-    parameters: int
-    stored: int  # bytes on disk
-    linears: dict[str, tuple[int, int]]  # module path -> (inputs, outputs) of the decoder's linear layers
-    hidden: int
-    layers: int
 
 
 def plan(config: RunConfig, *, allow_code: bool = False, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -47,6 +30,7 @@ def plan(config: RunConfig, *, allow_code: bool = False, reporter: Reporter | No
     assert prepared.folder is not None
     shapes = model_shapes(prepared.folder)
     adapter = adapter_parameters(config, shapes)
+    recompute, why = recomputing(config, shapes, adapter)
     report = prepared.data.report
     auxiliary = prepared.objective.auxiliary
     tokens = sum(example.tokens for example in prepared.train)
@@ -64,33 +48,9 @@ def plan(config: RunConfig, *, allow_code: bool = False, reporter: Reporter | No
         },
         "reference_completions": reference,
         "parameters": {"base": shapes.parameters, "adapter": adapter},
-        "memory_gb": memory(prepared, shapes, adapter),
+        "gradient_checkpointing": why,
+        "memory_gb": memory(prepared, shapes, adapter, recompute),
     }
-
-
-def model_shapes(folder: Path) -> Shapes:
-    """Sizes of the model in a folder. Packed weights (4 bit, MLX) are counted as what they unpack to."""
-    config, _ = models.model_config(folder)
-    text = config.get("text_config") or config
-    entries = {name: entry for path in models.weight_files(folder) for name, entry in tensors.read_header(path).entries.items()}
-    bits = (config.get("quantization") or {}).get("bits", 32)
-    parameters, stored = 0, 0
-    linears: dict[str, tuple[int, int]] = {}
-    for name, entry in entries.items():
-        stored += entry.end - entry.begin
-        packed = entry.dtype == "U32"
-        shape = (*entry.shape[:-1], entry.shape[-1] * 32 // bits) if packed and entry.shape else entry.shape
-        if not name.endswith((".scales", ".biases")):
-            parameters += math.prod(shape)
-        if name.endswith(".weight") and len(shape) == 2 and _LAYER.search(name):
-            linears[name.removesuffix(".weight")] = (shape[1], shape[0])
-    return Shapes(
-        parameters=parameters,
-        stored=stored,
-        linears=linears,
-        hidden=int(text.get("hidden_size") or text.get("n_embd") or 0),
-        layers=int(text.get("num_hidden_layers") or text.get("n_layer") or 0),
-    )
 
 
 def adapter_parameters(config: RunConfig, shapes: Shapes) -> int:
@@ -114,26 +74,35 @@ def _matching(target: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name == target or name.endswith(f".{target}")]
 
 
-def memory(prepared: Prepared, shapes: Shapes, adapter: int) -> dict[str, float]:
-    """Estimated GB (1e9 bytes): base, adapter, activations of the largest micro-batch, and their sum.
-
-    base         parameters * bytes of the dtype (auto: 2 on Apple silicon or where CUDA's driver is, else 4); stored size for packed weights; half a byte each for nf4
-    adapter      16 bytes per parameter: float32 master, gradient and two moments (12 with RMSprop)
-    activations  T padded tokens: layers * T * 34 * hidden * bytes without checkpointing (Korthikanti et al. 2022, arXiv 2205.05198, eq. 2,
-                 without dropout masks and attention scores); with it (layers + 34) * T * hidden * bytes
-    """
-    config = prepared.config
+def needs(config: RunConfig, shapes: Shapes, adapter: int, tokens: int, longest: int) -> Estimate:
+    """`upo.memory.estimate` in the dtype that `auto` will be: 2 bytes on Apple silicon or where CUDA's driver is, else 4."""
     width = {"float32": 4, "auto": 2 if config.device != "cpu" and _has_gpu() else 4}.get(config.dtype, 2)
-    packed = shapes.stored < 1.5 * shapes.parameters and shapes.parameters > 0
-    base = shapes.stored if packed else 0.5 * shapes.parameters if config.quantize == "nf4" else width * shapes.parameters
-    tokens = largest_micro_batch(prepared.train, config.train.micro_batch_tokens, config.train.batch_size)
-    kept = shapes.layers + 34 if config.train.gradient_checkpointing else 34 * shapes.layers
-    parts = {
-        "base": base / 1e9,
-        "adapter": (16 if config.optimizer.name == "adamw" else 12) * adapter / 1e9,
-        "activations": kept * tokens * shapes.hidden * width / 1e9,
-    }
-    return {**parts, "total": sum(parts.values())}
+    return estimate(config, shapes, adapter, width, tokens, longest, choose(config.backend))
+
+
+def memory(prepared: Prepared, shapes: Shapes, adapter: int, recompute: bool) -> dict[str, float]:
+    """Estimated GB (1e9 bytes): base, adapter, activations of the largest micro-batch of padded rows, and their sum."""
+    train = prepared.config.train
+    tokens = largest_micro_batch(prepared.train, train.micro_batch_tokens, train.batch_size)
+    found = needs(prepared.config, shapes, adapter, tokens, max(len(e.prompt) + max(map(len, e.completions)) for e in prepared.train))
+    parts = {"base": found.base, "adapter": found.adapter, "activations": found.recomputed if recompute else found.activations}
+    return {**{name: size / 1e9 for name, size in parts.items()}, "total": sum(parts.values()) / 1e9}
+
+
+def recomputing(config: RunConfig, shapes: Shapes, adapter: int) -> tuple[bool, str]:
+    """Whether the run will recompute activations, as far as can be told before the model is loaded, and why."""
+    asked, name = config.train.gradient_checkpointing, choose(config.backend)
+    if asked != "auto":
+        return asked, "on" if asked else "off"
+    if not installed(name):
+        return False, f"decided when the model is loaded ({name} is not installed here)"
+    try:
+        device, free = get_backend(name).free_memory(config.device)
+    except BackendError as error:
+        return False, f"decided when the model is loaded ({error})"
+    found = needs(config, shapes, adapter, largest(config), config.train.max_length)
+    recompute, (note,) = choose_recomputing(config, found, free, device)
+    return recompute, note.partition(": ")[2].rstrip(".")
 
 
 def _has_gpu() -> bool:

@@ -14,7 +14,7 @@ from upo.data.partners import assign_partners
 from upo.data.tokenizer import Tokenizer, load_tokenizer
 from upo.losses import Objective
 from upo.models import resolve
-from upo.rewards import score_examples, validate_rewards
+from upo.rewards import Goal, score_examples, validate_rewards
 from upo.train.checks import check_length, check_rows
 from upo.train.reference import check_reference
 from upo.train.reporter import Reporter
@@ -32,6 +32,7 @@ class Prepared:
     train: list[Example]
     eval: list[Example]
     total: int  # optimizer steps
+    goals: tuple[Goal, ...] = ()  # of the rewards, as they were scored
 
     def rows_of(self, step: int) -> list[Example]:
         """The training rows of an optimizer step."""
@@ -66,11 +67,14 @@ def prepare(config: RunConfig, *, allow_code: bool, reporter: Reporter, data: An
             check_rows(objective, examples, name)
     total = total_steps(config.train, len(splits["data.train"]))
     check_length(config, objective, total, reporter)
+    fitted: list[Goal] | None = None
     for name, examples in splits.items():
         if "anchors" not in objective.needs:  # what a row brings in vain would be scored all the same
             splits[name] = examples = [e if e.anchor is None else replace(e, anchor=None) for e in examples]
         if examples and "partners" in objective.needs:
             splits[name] = assign_partners(examples, config.train.seed, config.train.max_length)
-        if examples and goals and score:
-            splits[name] = score_examples(splits[name], goals, allow_code=allow_code, reporter=reporter, key=config.objective.goals_key)
-    return Prepared(config, objective, folder, tokenizer, data, splits["data.train"], splits["data.eval"], total)
+        if examples and goals and score:  # the training rows come first: normalisation is fitted on them
+            splits[name], fitted = score_examples(
+                splits[name], goals, fitted=fitted, allow_code=allow_code, reporter=reporter, key=config.objective.goals_key
+            )
+    return Prepared(config, objective, folder, tokenizer, data, splits["data.train"], splits["data.eval"], total, tuple(fitted or ()))

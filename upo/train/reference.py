@@ -138,7 +138,7 @@ def _score(
     """
     comm, limit = learner.comm, config.train.micro_batch_tokens
     reporter.start(f"reference ({name})", len(batch.origins), "rows")
-    for rows in micro_batches(batch, limit, at_least=comm.size, layout=learner.info.layout)[comm.rank :: comm.size]:
+    for rows in micro_batches(batch, limit, at_least=comm.size, layout=learner.info.layout, device=learner.info.device)[comm.rank :: comm.size]:
         part, places = batch.select(rows)
         for vector, place in (("tokens/0", places.tokens), ("completions/0", places.completions)):
             if vector in vectors:

@@ -44,6 +44,16 @@ class Silent:
     def metrics(self, record: Mapping[str, Any]) -> None: ...
 
 
+class WarningsOnly(Silent):
+    """Passes warnings on, and nothing else: for work inside a phase, which another one would end."""
+
+    def __init__(self, inner: Reporter) -> None:
+        self.inner = inner
+
+    def warn(self, text: str) -> None:
+        self.inner.warn(text)
+
+
 class Recorder:
     """Passes everything on and keeps the warnings, each once."""
 

@@ -63,6 +63,11 @@ class Run:
             )
 
     @property
+    def has_summary(self) -> bool:
+        """Whether a result was written."""
+        return (self.path / "summary.json").is_file()
+
+    @property
     def command(self) -> str:
         """What goes on with this run."""
         return f"upo train --resume --out {self.path}"

@@ -14,12 +14,14 @@ import numpy as np
 
 from upo.backend import Learner, choose, get_backend
 from upo.config import RunConfig, load_config
-from upo.errors import RunError
+from upo.data.control import Control
+from upo.errors import ConfigError, RunError
+from upo.evaluation.goals import Fresh, goals_of, questions_of
 from upo.sharing import row_of
 from upo.train.checkpoint import Checkpoint
 from upo.train.identity import check_config, check_identity, differences, position, run_identity, with_keys
 from upo.train.inputs import Inputs, inputs_of, read_inputs
-from upo.train.keep import best_of, check_keep_best
+from upo.train.keep import watch_of
 from upo.train.loop import Loop, Progress
 from upo.train.manifest import cut_sessions, done_by, first_manifest, session_entry
 from upo.train.prepare import prepare
@@ -68,7 +70,11 @@ class Session:
         self._prepared = prepare(config, allow_code=allow_code, reporter=self.reporter, data=data)
         self.objective, self.tokenizer, self.data = self._prepared.objective, self._prepared.tokenizer, self._prepared.data
         self.total_steps = self._prepared.total
-        check_keep_best(config, self.objective, self._prepared.eval)
+        self._goals = goals_of(config, allow_code, self.reporter) if self._samples() else []
+        weights = {goal.label: goal.weight for goal in self._goals}
+        self._watch = watch_of(config, self.objective, self._prepared.eval, weights if config.evaluation.prompts else None)
+        if resume:
+            self._check_not_ended()
         self._inputs = inputs_of(self._prepared.train, self._prepared.eval, self.objective.columns)
         self._noted = read_inputs(self.folder.path) if resume else Inputs()
         self._identity = run_identity(self._prepared, self._inputs)
@@ -108,7 +114,8 @@ class Session:
             self._sinks.start(self.config.model_dump(mode="json"), self._manifest)
         evaluations = [record for record in kept if record.get("eval")]
         origin = {"identity": self._identity, "random": {"seed": self.config.train.seed}, "reference": self._references}
-        loop = Loop(self._prepared, self.learner, self.folder, self.reporter, evaluations, origin, self._note, self._starts_as_reference(), self._sinks)
+        start, fresh = self._starts_as_reference(), self._fresh()
+        loop = Loop(self._prepared, self.learner, self.folder, self.reporter, evaluations, origin, self._note, start, self._watch, fresh, self._sinks)
         try:
             loop.go(self.progress)
         except BaseException:
@@ -125,6 +132,23 @@ class Session:
             self._sinks.finish(summary)
         return summary
 
+    # --- Answers while it trains --------------------------------------------------------------------------------------------------
+
+    def _samples(self) -> bool:
+        """Whether evaluations sample answers. Raises ConfigError where there is nothing to answer."""
+        wanted = self.config.evaluation.prompts > 0
+        if wanted and not self._prepared.eval:
+            raise ConfigError("evaluation.prompts: there are no held-out rows whose prompts could be answered. Give data.eval, or set it to 0.")
+        return wanted
+
+    def _fresh(self) -> Fresh | None:
+        options = self.config.evaluation
+        if not options.prompts:
+            return None
+        assert self.tokenizer is not None  # always there where the configuration names the files
+        questions = questions_of(self._prepared.eval, options.prompts, Control.of(self.config.data.control, self.tokenizer))
+        return Fresh(self.learner, self.tokenizer, questions, options, self._goals, self.config.train.seed, self.reporter)
+
     # --- On with a run ------------------------------------------------------------------------------------------------------------
 
     def _read_run(self, reschedule: bool) -> None:
@@ -135,6 +159,15 @@ class Session:
         self._changed = check_config(self._earlier, self.config, self.folder.path, reschedule)
         if not self._changed:
             self.folder.check_unfinished(self._manifest["steps"])
+
+    def _check_not_ended(self) -> None:
+        """Refuse a run that ended early, if by this configuration it still would."""
+        stop = self._watch.stop
+        if stop is not None and self.folder.has_summary and self._watch.stalled([r for r in self.folder.records() if r.get("eval")]):
+            raise RunError(
+                f"--resume: the run in {self.folder.path} ended early, as {stop.name} had not become better in {self._watch.patience} evaluations in a row; its "
+                f"result is {self.folder.path / 'adapter'}. To go on with it, raise train.early_stopping.patience (--set), or start a new run with adapter.start."
+            )
 
     def _newest(self) -> Checkpoint | None:
         """The checkpoint to go on from, the progress set to where it stands; None if the run had none yet."""
@@ -256,12 +289,14 @@ class Session:
         self.folder.write_json("manifest.json", self._manifest)
 
     def _summary(self, evaluations: list[dict[str, Any]], work: Mapping[str, Any]) -> dict[str, Any]:
-        seconds, rows = self.progress.seconds(), self._prepared.rows_before(self.total_steps)
+        seconds, done = self.progress.seconds(), self.progress.step
+        rows = self._prepared.rows_before(done)
         before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
-        best = best_of(evaluations, self.config.train.keep_best)
+        best, early = self._watch.best_of(evaluations), self._watch.stop if done < self.total_steps else None
         return {
             "rows": rows,
-            "steps": self.total_steps,
+            "steps": done,
+            **({} if early is None else {"ended_early": {"metric": early.name, "of_steps": self.total_steps}}),
             "reference_s": seconds["reference"],
             "train_s": seconds["train"],
             "total_s": seconds["total"],
