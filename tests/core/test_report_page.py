@@ -43,6 +43,15 @@ def test_the_figures_of_one_run(tmp_path):
     assert "2,000" in found.words()  # tokens: 20 steps of 2 s at 50 a second
 
 
+def test_a_run_that_ended_early(tmp_path):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "steps": 20, "ended_early": {"metric": "accuracy", "of_steps": 40}}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "steps": 40}))
+    assert "20 of 40 steps, ended early as accuracy no longer became better" in page(folder).words() and "20 of 40 ended early" in page(folder, folder).words("comparison")
+
+
 def test_what_the_data_were_worth(tmp_path):
     folder = make_run(tmp_path / "run")
     write_inputs(folder, Inputs(rewards={"train": np.arange(11.0), "eval": np.array([0.5, 0.5])}))

@@ -97,6 +97,7 @@ def _view(run: Told, index: int, count: int) -> dict[str, Any]:
         "model": facts.model_name(run),
         "objective": facts.objective(run),
         "steps": f"{run.done} of {run.total}" if run.total and run.done != run.total else str(run.done),
+        "early": clean(str(mapping(run.summary.get("ended_early")).get("metric", ""))),
         "by": clean(f"{run.session.get('backend')} on {run.session.get('device')}") if run.session else "",
         "created": clean(str(run.manifest.get("created", "")))[:10],
         "finished": run.finished,
