@@ -9,6 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 from upo_cli.main import main
 
+from upo.report.facts import signed
+
 PAIRS = [{"prompt": f"What is {i} and {i}?", "chosen": f"The answer is {2 * i}.", "rejected": f"I do not know {i}."} for i in range(1, 13)]
 FEW = ("--max-tokens", "6", "--samples", "2")
 
@@ -52,6 +54,10 @@ def test_a_run_from_training_to_its_evaluation(here, backend):
     assert result["win_rate"]["judge"] == "length" and sum(result["win_rate"][n] for n in ("wins", "losses", "ties")) == 2 * result["prompts"]
     shown = " ".join(done.stdout.split())
     assert "preference accuracy" in shown and "goal length" in shown and "Win rate by length" in shown and "Next:" in shown
+    assert upo("report", "run").exit_code == 0  # what it shows is what was measured
+    page, change = Path("run/report.html").read_text(), result["goals"]["length"]["change"]
+    assert f'id="goal-1">{signed(change["mean"])}<' in page and f"{signed(change['low'])} to {signed(change['high'])}" in page
+    assert "goal/length over the optimizer steps" in page and result["samples"][0]["prompt"] in page and "(judge: length)" in page
     again = upo("eval", "run", *FEW)
     assert again.exit_code == 1 and "--out run/eval.json: exists already" in again.stderr and again.stdout == ""
     done = upo("eval", "run", "--checkpoint", "best", "--force", "--json", *FEW)

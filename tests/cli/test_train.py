@@ -92,6 +92,7 @@ def test_it_trains_and_says_what_came_out(loop):
         "",
         "Next:",
         '  upo generate runs/my --prompt "..."',
+        "  upo report runs/my    one page to look at, or to show",
         "  upo train my.yaml --out DIR --set KEY=VALUE    the same with something changed",
     ]
     messages = result.stderr.splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 
@@ -40,6 +41,15 @@ def test_the_figures_of_one_run(tmp_path):
     assert "Up: more length (less is wanted), with its" in found.words("tradeoff-2") and "wanted" not in found.words("tradeoff-1")
     assert "tokens per second of the steps 1,234" in found.words() and "not computed again 25.6%" in found.words() and "peak arithmetic" not in found.words()
     assert "2,000" in found.words()  # tokens: 20 steps of 2 s at 50 a second
+
+
+def test_a_run_that_ended_early(tmp_path):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "steps": 20, "ended_early": {"metric": "accuracy", "of_steps": 40}}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "steps": 40}))
+    assert "20 of 40 steps, ended early as accuracy no longer became better" in page(folder).words() and "20 of 40 ended early" in page(folder, folder).words("comparison")
 
 
 def test_what_the_data_were_worth(tmp_path):
@@ -93,9 +103,11 @@ def test_files_from_anywhere_never_break_the_page(tmp_path, name):
     (folder / "quickstart.json").write_text(json.dumps({**quickstart, "answers": [{"prompt": "p", "before": ["b"], "after": ["a"]}]}))
     whole = json.loads((folder / name).read_text())
 
+    values = itertools.cycle((None, "x", [1], {"a": {}}, -1, True))
+
     def variants(node):
-        """Copies of a JSON value with one part replaced."""
-        yield from (None, "x", [1], {"a": {}}, -1)
+        """Copies of a JSON value, each with one part replaced."""
+        yield next(values)
         items = node.items() if isinstance(node, dict) else enumerate(node[:2]) if isinstance(node, list) else ()
         for key, value in items:
             for other in variants(value):
@@ -104,10 +116,10 @@ def test_files_from_anywhere_never_break_the_page(tmp_path, name):
                 yield copy
 
     made = 0
-    for variant in variants(whole):
+    for variant in (*variants(whole), *variants(whole)):
         (folder / name).write_text(json.dumps(variant))
         made += "</html>" in render([read_run(folder)])
-    assert made > 40
+    assert made > 20
 
 
 def test_text_of_a_model_is_text(tmp_path):

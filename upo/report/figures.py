@@ -16,6 +16,7 @@ from upo.report.read import Told
 from upo.train.metrics import NAMES
 
 MAIN = ("loss", "accuracy", "margin", "kl")  # curves in sight; the others are folded away
+SAMPLED = "mean score of this goal on answers sampled to held-out prompts while it trained"
 SKIPPED = {"step", "eval", "epoch", "seconds"}
 
 
@@ -85,7 +86,7 @@ def curves(runs: Sequence[Told]) -> list[dict[str, Any]]:
             found.append(
                 {
                     "name": name,
-                    "about": NAMES.get(name, ""),
+                    "about": NAMES.get(name, SAMPLED if name.startswith("goal/") else ""),
                     "main": name in main,
                     "window": charts.window(min(points, charts.MOST_POINTS)),
                     "chart": Markup(charts.curves(f"{name} over the optimizer steps", lines)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,13 +51,10 @@ def write_report(folders: Sequence[Path], out: Path, force: bool = False) -> Wri
 
 def render(runs: Sequence[Told], now: datetime | None = None) -> str:
     """The page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     style = (HERE / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     views = [_view(run, i, len(runs)) for i, run in enumerate(runs)]
-    text = environment.get_template("page.html").render(
+    text = _template().render(
         title=", ".join(view["name"] for view in views),
         version=upo.__version__,
         made=(now or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M UTC"),
@@ -77,6 +75,12 @@ def render(runs: Sequence[Told], now: datetime | None = None) -> str:
     return text + "\n"
 
 
+@functools.cache
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(HERE)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).get_template("page.html")
+
+
 def _view(run: Told, index: int, count: int) -> dict[str, Any]:
     """What the template shows of a run."""
     key = figures.key(index)
@@ -93,6 +97,7 @@ def _view(run: Told, index: int, count: int) -> dict[str, Any]:
         "model": facts.model_name(run),
         "objective": facts.objective(run),
         "steps": f"{run.done} of {run.total}" if run.total and run.done != run.total else str(run.done),
+        "early": clean(str(mapping(run.summary.get("ended_early")).get("metric", ""))),
         "by": clean(f"{run.session.get('backend')} on {run.session.get('device')}") if run.session else "",
         "created": clean(str(run.manifest.get("created", "")))[:10],
         "finished": run.finished,
@@ -126,8 +131,9 @@ def _view(run: Told, index: int, count: int) -> dict[str, Any]:
 
 
 def _accuracy_change(run: Told) -> str:
+    """The interval of its change, empty if there is none."""
     found = run.evaluation.measures.get("accuracy") if run.evaluation else None
-    return facts.change(found.change) if found and found.change else ""
+    return f"{facts.signed(found.change.low)} to {facts.signed(found.change.high)}" if found and found.change else ""
 
 
 def _win(run: Told) -> dict[str, Any] | None:
