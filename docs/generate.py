@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md, docs/cli.md, docs/losses.md and its pictures from the code: `python docs/generate.py`. A test keeps them in step."""
+"""Writes docs/configuration.md, docs/cli.md, docs/metrics.md, docs/losses.md and its pictures from the code: `python docs/generate.py`. A test keeps them in step."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from upo.losses import FAMILIES, LOSSES, Auxiliary
 from upo.losses.base import NEEDS
 from upo.losses.options import defaults, ranges
 from upo.rewards import SCORERS
+from upo.train.metrics import NAMES
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
@@ -49,6 +50,26 @@ A run is one YAML file: `upo train run.yaml`. The same file runs on either backe
 - For completion in an editor: `upo train --schema > upo.schema.json`, and on top of the file `# yaml-language-server: $schema=upo.schema.json`.
 
 In Python: `from upo import load_config, train; train(load_config("run.yaml", ["train.seed=1"]), "runs/one")`.
+"""
+
+METRICS = """\
+# Numbers of a run
+
+<!-- Made by docs/generate.py from upo/train/metrics.py: change it there. -->
+
+`metrics.jsonl` has a line for each optimizer step and one for each evaluation, with what applies of these:
+
+| name | what it is |
+|---|---|
+%s
+
+A number that is not finite is `null`. `summary.json` has the total of `slots`, `padding` and `shared_tokens` of all steps together, and `tokens_per_s` and `mfu` over the seconds
+of the steps. They are made of the lines of `metrics.jsonl`, which a resumed run cuts to its checkpoint, so each step counts once, whatever backend, device or
+`train.micro_batch_tokens` it was done with. `reference_s` and `total_s` count what was spent, lost steps included.
+
+What a step needs (`upo/flops.py`): 2 operations for each weight and token forward and, as the base is frozen, 2 more backward; 6 in all for weights of the adapter; 12 times heads
+times size of a head, in each layer, for each pair of tokens that attention joins; 4 for each weight of the head and each completion token. Peaks are those of makers' data sheets for
+dense products. There is none for CPUs.
 """
 
 COMMAND_LINE = """\
@@ -212,7 +233,11 @@ def _help(arguments: list[str]) -> str:
     return "```\n" + result.stdout.rstrip() + "\n```\n"
 
 
-PAGES = {"configuration.md": configuration, "cli.md": command_line, "losses.md": loss_page}
+def metrics() -> str:
+    return METRICS % "\n".join(f"| `{name}` | {text} |" for name, text in NAMES.items())
+
+
+PAGES = {"configuration.md": configuration, "cli.md": command_line, "metrics.md": metrics, "losses.md": loss_page}
 PAGES |= {plot_name(family): partial(picture, pair_losses(family)) for family in FAMILIES if pair_losses(family)}
 
 if __name__ == "__main__":

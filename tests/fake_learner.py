@@ -82,6 +82,9 @@ class FakeLearner:
         tokens = np.concatenate([forest.prompts[int(forest.owner[i])][-1:], forest.completions[i]])
         return tokens[:-1], tokens[1:]
 
+    def check_sharing(self, row: Forest) -> None:
+        self.tried = row
+
     def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
         table = self._table(reference is not None)
         by_token = [table[self._steps_of(forest, i)] for i in range(len(forest.completions))]

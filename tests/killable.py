@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-TIMES = ("rows_per_s", "tokens_per_s", "seconds", "peak_memory_gb")
+TIMES = ("rows_per_s", "tokens_per_s", "seconds", "peak_memory_gb", "mfu")
 
 
 # --- In the test ------------------------------------------------------------------------------------------------------------------

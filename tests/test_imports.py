@@ -123,11 +123,11 @@ print([name for name in {heavy!r} if name in sys.modules])
 
 def test_twin_packages_have_the_same_files():
     """Knowing one backend is knowing the other. A file that one of them needs alone is named here, with its reason."""
-    alone = {"upo_torch": {"attention.py"}, "upo_mlx": {"family.py", "quantize.py", "recompute.py", "shared.py", "selfcheck.py"}}
+    alone = {"upo_torch": {"attention.py"}, "upo_mlx": {"family.py", "quantize.py", "recompute.py", "shared.py"}}
     files = {name: {path.name for path in FOLDERS[name].glob("*.py")} for name in alone}
     shared = {name: found - alone[name] for name, found in files.items()}
     assert shared["upo_mlx"] == shared["upo_torch"]
-    assert {"ops.py", "logps.py", "model.py", "step.py", "state.py", "generate.py", "device.py"} <= shared["upo_mlx"]
+    assert {"ops.py", "logps.py", "model.py", "step.py", "state.py", "generate.py", "device.py", "selfcheck.py"} <= shared["upo_mlx"]
 
 
 def test_wheel_packages():

@@ -15,6 +15,7 @@ import numpy as np
 from upo.data.batch import Batch
 from upo.data.forest import Forest, Tokens
 from upo.errors import BackendError
+from upo.flops import Sizes
 
 if TYPE_CHECKING:
     from upo.config import RunConfig
@@ -69,6 +70,8 @@ class ModelInfo:
     targets: tuple[str, ...]  # module names that carry an adapter, e.g. ("q_proj", "v_proj")
     weights_hash: str  # identifies base weights (file hashes, not a full read of huge files)
     notes: tuple[str, ...] = field(default=())  # what was repaired or fell back, to be shown
+    chip: str = ""  # the device by its maker's name, e.g. "NVIDIA L4"; empty where that says nothing about its speed
+    sizes: Sizes | None = None  # for the count of arithmetic, where the family allows one
     layout: str = "padded"  # how token rows are laid out (`upo.data.batch.SIZES`): log-probs in 16 bits move with it
 
 
@@ -77,6 +80,12 @@ class Learner(Protocol):
 
     info: ModelInfo
     comm: Comm
+
+    def check_sharing(self, row: Forest) -> None:
+        """Score a row of the data, with its gradient, with a shared prompt and without; where the two differ by more than rounding, go on
+        with padded rows, which `info` then says with a note (`upo.sharing`). Before anything else is scored; collective.
+        """
+        ...
 
     def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
         """[N] float32 summed log-probs of the completions, or with `tokens` [M] one for each of their tokens; without gradient.

@@ -9,6 +9,7 @@ from upo import models
 from upo.backend import ModelInfo
 from upo.config import RunConfig
 from upo.errors import BackendError
+from upo.flops import sizes_of
 from upo.targets import policy_adapter, reference_adapters
 from upo_mlx import device
 from upo_mlx.device import MlxComm, mx
@@ -37,19 +38,27 @@ def load_learner(config: RunConfig) -> MlxLearner:
         model.add_loras(adapter.targets if adapter else ())
     policy = lora_from(start)
     model.check()
-    rows, fallen_back = choose_rows(model, policy, config.train, comm)
+    rows, fallen_back = choose_rows(model, policy, config.train, str(dtype).rpartition(".")[2], comm)
+    parameters, trainable = parameter_count(net), sum(a.size for a in policy.arrays.values())
     info = ModelInfo(
         name=config.model,
         dtype=str(dtype).rpartition(".")[2],
         device=where,
-        parameters=parameter_count(net),
-        trainable=sum(a.size for a in policy.arrays.values()),
+        parameters=parameters,
+        trainable=trainable,
         targets=tuple(sorted({path.rpartition(".")[2] for path in start.targets})),
         weights_hash=models.weights_hash(folder),
         notes=(*notes, *device.blas_notes(where), *repaired, *family_notes(model), *fallen_back, *started),
+        chip=chip(where, dtype),
+        sizes=sizes_of(models.model_config(folder)[0], dims, parameters, trainable, config.train.max_length),
         layout=rows.name,
     )
     return MlxLearner(config, comm, model, rows, policy, [lora_from(r) if r else BASE for r in references], info, folder)
+
+
+def chip(where: str, dtype: Any) -> str:
+    """The GPU's name; none on a CPU, nor for float32 on CUDA, where MLX may multiply in TF32."""
+    return str(mx.device_info().get("device_name", "")) if where == "metal" or (where == "cuda" and dtype != mx.float32) else ""
 
 
 def parameter_count(net: Any) -> int:

@@ -210,12 +210,17 @@ def load_base(folder: Path, dtype: Any, tokens: int = 0) -> tuple[nn.Module, lis
     return net, [*notes, *rope_notes, *window_notes(net, config, tokens)]
 
 
+def has_experts(model: Model) -> bool:
+    """Whether tokens are sent to experts, each a slice of one three-dimensional weight."""
+    return any(type(m).__name__ in ("SwitchLinear", "QuantizedSwitchLinear") for _, m in model.net.named_modules())
+
+
 def family_notes(model: Model) -> list[str]:
     """What a user should know about where the adapter sits."""
     notes = []
     if not model.layer_paths[0].startswith("model.layers."):
         notes.append(f"adapter: decoder layers are called {model.layer_paths[0]} in mlx-lm; other tools may expect other names for this family.")
-    if any(type(m).__name__ in ("SwitchLinear", "QuantizedSwitchLinear") for _, m in model.net.named_modules()):
+    if has_experts(model):
         notes.append("adapter: the experts of this mixture-of-experts model carry no adapter; its other linear layers do.")
     return notes
 

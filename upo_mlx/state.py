@@ -68,8 +68,11 @@ def clip(grads: Mapping[str, Array], largest: float) -> tuple[Arrays, Array]:
 
 
 def norm(grads: Mapping[str, Array]) -> Array:
-    """Global L2 norm. Summed by rows first: flat float32 sums over long arrays are biased on CPUs."""
-    squares = [mx.sum(mx.sum(grad * grad, axis=-1)) for grad in grads.values()]
+    """Global L2 norm. Summed by rows first: flat float32 sums over long arrays are biased on CPUs.
+
+    In the order of the names: a checkpoint does not keep that of the dictionary, and a resumed run must round as the whole one.
+    """
+    squares = [mx.sum(mx.sum(grads[name] * grads[name], axis=-1)) for name in sorted(grads)]
     return mx.sqrt(mx.sum(mx.stack(squares)))
 
 

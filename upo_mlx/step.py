@@ -30,12 +30,12 @@ from upo.learner import (
     sum_over_ranks,
 )
 from upo.losses.base import LEAVES, Scores
-from upo_mlx import device, generate, value
+from upo_mlx import device, generate, selfcheck, value
 from upo_mlx.device import MlxComm, mx, to_numpy
 from upo_mlx.logps import collisions, token_logps, token_logps_only
 from upo_mlx.model import LoRA, Model
 from upo_mlx.ops import ops
-from upo_mlx.shared import Rows
+from upo_mlx.shared import PaddedRows, Rows
 from upo_mlx.state import Optimizer, clip, export_arrays, import_arrays
 
 Array = mx.array
@@ -66,6 +66,13 @@ class MlxLearner:
         self._stops: tuple[int, ...] | None = None
 
     # --- Scores -------------------------------------------------------------------------------------------------------------------
+
+    def check_sharing(self, row: Forest) -> None:
+        """Padded rows from here on, with a note, if this row of the data is not scored alike with its prompt shared. Collective."""
+        if self.info.layout != "padded":
+            note = selfcheck.unlike_on(self.model, self.policy, self.rows, row, self.config.train, self.info.dtype, self.comm)
+            if note is not None:
+                self.rows, self.info = PaddedRows(), replace(self.info, layout="padded", notes=(*self.info.notes, note))
 
     def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
         """[N] float32 log-probs of completions, or [M] of their tokens, without gradient; under a reference if asked."""

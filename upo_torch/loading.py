@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from upo import adapters, models, sharing
+from upo import adapters, models
 from upo.backend import ModelInfo
 from upo.config import RunConfig
-from upo.data.forest import Forest, padded
-from upo.data.packed import packed
+from upo.flops import sizes_of
 from upo.targets import policy_adapter, reference_adapters
 from upo_torch import device
-from upo_torch.attention import Unshareable
 from upo_torch.device import TorchComm
-from upo_torch.logps import token_logps
-from upo_torch.model import Model, family_notes, has_experts, load_base, parameter_count
-from upo_torch.state import to_numpy
+from upo_torch.model import Model, family_notes, load_base, parameter_count
+from upo_torch.selfcheck import choose_layout
 from upo_torch.step import TorchLearner
 
 
@@ -33,16 +29,19 @@ def load_learner(config: RunConfig) -> TorchLearner:
     model = Model(net, where)
     model.check()
     started = add_adapters(config, model)
-    layout, fallen = choose_layout(config, model, comm)
+    layout, fallen = choose_layout(model, config.train, comm)
+    trainable = sum(p.numel() for p in model.policy.values())
     info = ModelInfo(
         name=config.model,
         dtype=str(dtype).removeprefix("torch."),
         device=str(where),
         parameters=parameters,
-        trainable=sum(p.numel() for p in model.policy.values()),
+        trainable=trainable,
         targets=tuple(sorted({path.rpartition(".")[2] for path in adapters.modules_of(model.policy)})),
         weights_hash=models.weights_hash(folder),
         notes=(*notes, *repaired, *family_notes(model), *started, *fallen),
+        chip=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
+        sizes=sizes_of(models.model_config(folder)[0], model.dims(), parameters, trainable, config.train.max_length),
         layout=layout,
     )
     return TorchLearner(config, comm, model, info, folder)
@@ -56,41 +55,3 @@ def add_adapters(config: RunConfig, model: Model) -> list[str]:
     for reference in reference_adapters(config, dims, start):
         model.add_reference(reference)
     return notes
-
-
-def choose_layout(config: RunConfig, model: Model, comm: TorchComm) -> tuple[str, list[str]]:
-    """`packed` where prompts may be shared and the configuration wants it, else `padded`; and a note on why not."""
-    if config.train.prefix_sharing == "off":
-        return "padded", []
-    why = why_not_shared(model)
-    if comm.all_sum(np.array([why is not None], np.float32))[0] == 0:
-        return "packed", []
-    return "padded", [f"train.prefix_sharing: each completion is computed with a prompt of its own: {why or 'another rank has to'}."]
-
-
-@torch.no_grad()
-def why_not_shared(model: Model) -> str | None:
-    """The reason why this model must not compute a prompt once for all its completions; None if it may."""
-
-    def plain(forest: Forest) -> np.ndarray:
-        return _scored(model, forest, shared=False)
-
-    def shared(forest: Forest) -> np.ndarray:
-        return _scored(model, forest, shared=True)
-
-    name = type(model.net).__name__
-    try:
-        shared(sharing.example(model.head.width))
-        if (calls := sum(plan.calls for plan in model.attention.plans)) != model.layers:
-            return f"{calls} of the {model.layers} layers of {name} look at other tokens through attention alone"
-        return sharing.why_not(plain, shared, model.head.width, str(model.net.dtype).removeprefix("torch."), has_experts(model))
-    except Unshareable as error:
-        return f"{name}: {error}"
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError, AssertionError) as error:
-        return f"{name} does not run on shared prompts ({' '.join(str(error).split())[:200] or type(error).__name__})"
-
-
-def _scored(model: Model, forest: Forest, shared: bool) -> np.ndarray:
-    layout = packed(forest) if shared else padded(forest)
-    src, tgt = (torch.from_numpy(a).to(model.device) for a in (layout.src, layout.tgt))
-    return to_numpy(token_logps(model.head, model.head.width, model.hidden_of(layout)[src], tgt))

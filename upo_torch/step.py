@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from upo.learner import (
     sum_over_ranks,
 )
 from upo.losses.base import LEAVES, Scores
-from upo_torch import device, generate, value
+from upo_torch import device, generate, selfcheck, value
 from upo_torch.device import TorchComm
 from upo_torch.logps import collisions, token_logps
 from upo_torch.model import Model
@@ -60,6 +61,14 @@ class TorchLearner:
         self._stops: tuple[int, ...] | None = None
 
     # --- Scores -------------------------------------------------------------------------------------------------------------------
+
+    def check_sharing(self, row: Forest) -> None:
+        """Padded rows from here on, with a note, if this row of the data is not scored alike with its prompt shared. Collective."""
+        if self.info.layout != "padded":
+            with self._checkpointing():
+                note = selfcheck.unlike_on(self.model, row, self.comm)
+            if note is not None:
+                self.info = replace(self.info, layout="padded", notes=(*self.info.notes, note))
 
     @torch.no_grad()
     def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:

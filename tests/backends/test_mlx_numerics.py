@@ -8,7 +8,7 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from upo_mlx import logps, value  # noqa: E402
-from upo_mlx.state import Optimizer, clip  # noqa: E402
+from upo_mlx.state import Optimizer, clip, norm  # noqa: E402
 
 
 def reference_logps(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -98,6 +98,14 @@ def test_clip_is_global_and_torchs():
     np.testing.assert_allclose(np.array(clipped["a"]), 3 * 2 / (total + 1e-6), rtol=1e-6)
     untouched, _ = clip({k: mx.array(g) for k, g in grads.items()}, 100.0)
     np.testing.assert_array_equal(np.array(untouched["b"]), grads["b"])
+
+
+def test_the_norm_is_the_same_bits_in_any_order_of_the_parameters():
+    """A checkpoint gives parameters back in the order of their names, which a fresh value head does not have."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        grads = {f"{i}.{kind}": mx.array(rng.standard_normal(7).astype(np.float32)) for i in (0, 2, 4) for kind in ("weight", "bias")}
+        assert norm(dict(sorted(grads.items()))).item() == norm(grads).item() == norm(dict(reversed(grads.items()))).item()
 
 
 def test_value_head_forward_and_its_gradients():

@@ -82,7 +82,7 @@ def build(family: str, **changes: Any) -> tuple[Model, LoRA]:
 
 
 def choose_rows(model: Model, policy: LoRA, train: TrainConfig) -> tuple[Rows, list[str]]:
-    return choose_rows_of_ranks(model, policy, train, MlxComm())
+    return choose_rows_of_ranks(model, policy, train, "float32", MlxComm())
 
 
 def forest(completions: tuple[int, ...] = (1, 2, 3, 4), seed: int = 0) -> Forest:
@@ -258,21 +258,21 @@ def test_a_wrong_position_is_found(monkeypatch):
 
     monkeypatch.setattr(shared.CompletionCache, "__init__", without_offset)
     rows, notes = choose_rows(*build("llama"), TrainConfig())
-    assert rows.name == "padded" and "log-probs differ by" in notes[0]
+    assert rows.name == "padded" and "log-probs that differ by" in notes[0]
 
 
 def test_a_token_that_sees_what_follows_is_found(monkeypatch):
     own = shared.Ground.mask
     monkeypatch.setattr(shared.Ground, "mask", lambda self, window: own(replace(self, offset=self.offset + 1), window))
     rows, notes = choose_rows(*build("llama"), TrainConfig())
-    assert rows.name == "padded" and "log-probs differ by" in notes[0]
+    assert rows.name == "padded" and "log-probs that differ by" in notes[0]
 
 
 def test_prompts_of_another_completion_are_found(monkeypatch):
     own = shared.Ground.join
     monkeypatch.setattr(shared.Ground, "join", lambda self, prompts, completions: own(self, mx.roll(prompts, 1, axis=0), completions))
     rows, notes = choose_rows(*build("llama"), TrainConfig())
-    assert rows.name == "padded" and "log-probs differ by" in notes[0]
+    assert rows.name == "padded" and "log-probs that differ by" in notes[0]
 
 
 def test_a_gradient_lost_in_recomputation_is_found(monkeypatch):
@@ -281,7 +281,7 @@ def test_a_gradient_lost_in_recomputation_is_found(monkeypatch):
     monkeypatch.setattr(recompute, "_with_arrays", lambda v, arrays: arrays[0] if arrays else v)
     model, policy = build("llama")
     rows, notes = choose_rows(model, policy, TrainConfig(gradient_checkpointing=True))
-    assert rows.name == "padded" and "gradients differ by" in notes[0]
+    assert rows.name == "padded" and "gradients that differ by" in notes[0]
     assert choose_rows(model, policy, TrainConfig())[0].name == "two_phase"
 
 
@@ -313,7 +313,7 @@ def test_ranks_agree():
         def all_sum(self, array):
             return array + 1
 
-    rows, notes = choose_rows_of_ranks(*build("llama"), TrainConfig(), Two())
+    rows, notes = choose_rows_of_ranks(*build("llama"), TrainConfig(), "float32", Two())
     assert rows.name == "padded" and "another rank" in notes[0]
 
 

@@ -22,9 +22,9 @@ from upo.data.batch import Example, collate  # noqa: E402
 from upo.data.forest import Forest, padded  # noqa: E402
 from upo.data.packed import Tree, packed  # noqa: E402
 from upo_torch import attention  # noqa: E402
-from upo_torch.loading import why_not_shared  # noqa: E402
 from upo_torch.logps import token_logps  # noqa: E402
 from upo_torch.model import Model  # noqa: E402
+from upo_torch.selfcheck import why_not_shared  # noqa: E402
 
 CPU = torch.device("cpu")
 FAMILIES = {**tiny_families.DENSE, **tiny_families.MIXTURES, **tiny_families.LOST}
@@ -362,5 +362,5 @@ def test_a_family_that_cannot_share_says_so(tmp_path):
     learner = load(tmp_path)
     assert learner.info.layout == "padded"
     (note,) = [note for note in learner.info.notes if "prefix_sharing" in note]
-    assert note == "train.prefix_sharing: each completion is computed with a prompt of its own: 1 of the 2 layers of Lfm2ForCausalLM look at other tokens through attention alone."
+    assert note == "train.prefix_sharing: each completion is computed with a prompt of its own: with Lfm2ForCausalLM, 1 of the 2 layers look at other tokens through attention alone."
     assert not any("prefix_sharing" in note for note in load(tmp_path, sharing="off").info.notes)

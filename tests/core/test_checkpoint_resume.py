@@ -23,7 +23,7 @@ from upo.train.run import Run
 from upo.train.schedule import lr_at
 from upo.train.session import Session
 
-TIMES = ("rows_per_s", "tokens_per_s", "seconds", "peak_memory_gb")
+TIMES = ("rows_per_s", "tokens_per_s", "seconds", "peak_memory_gb", "mfu")
 KTO = {"preference": {"loss": "kto"}}
 
 

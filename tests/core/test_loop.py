@@ -95,7 +95,7 @@ def test_a_run_from_end_to_end(tmp_path, objective):
         (0, True), (1, False), (2, False), (3, False), (3, True), (4, False), (5, False), (6, False), (6, True), (7, False), (8, False), (8, True),
     ]  # fmt: skip
     training, evaluation = [r for r in records if "eval" not in r], [r for r in records if "eval" in r]
-    speed = {"rows_per_s", "tokens_per_s", "peak_memory_gb", "seconds"}
+    speed = {"rows_per_s", "tokens_per_s", "peak_memory_gb", "seconds", "slots", "padding", "shared_tokens"}
     assert all(set(r) <= set(NAMES) for r in records)
     assert all({"step", "epoch", "loss", "loss/preference", "accuracy", "margin", "lr", "grad_norm"} | speed <= set(r) for r in training)
     assert all({"step", "eval", "loss", "accuracy"} | speed <= set(r) and "lr" not in r for r in evaluation)
@@ -364,8 +364,11 @@ def test_ranks_agree_and_rank_0_writes(tmp_path):
         for part, arrays in alone.state().items():
             for name, array in arrays.items():
                 np.testing.assert_array_equal(learner.state()[part][name], array)
-    assert timeless(lines(tmp_path / "run")) == timeless(lines(tmp_path / "alone"))
-    assert [timeless([s["eval"]["after"]]) for s in summaries] == [timeless(lines(tmp_path / "alone"))[-1:]] * 3
+    three, one = ([{k: v for k, v in r.items() if k not in ("slots", "padding")} for r in timeless(lines(tmp_path / name))] for name in ("run", "alone"))
+    assert three == one
+    assert [{k: v for k, v in timeless([s["eval"]["after"]])[0].items() if k in one[-1]} for s in summaries] == one[-1:] * 3
+    figures = [{k: s[k] for k in ("slots", "padding", "shared_tokens")} for s in summaries]
+    assert figures == figures[:1] * 3 and figures[0]["slots"] == sum(r["slots"] for r in lines(tmp_path / "run") if "eval" not in r)
     assert len(listeners[0].records) == len(lines(tmp_path / "run"))
     assert not listeners[1].records and not listeners[2].records
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["sessions"][0]["ranks"] == 3
@@ -420,7 +423,7 @@ def test_no_rank_writes_before_all_have_looked(tmp_path):
 
 # --- On with a run ----------------------------------------------------------------------------------------------------------------
 
-TIMES = ("rows_per_s", "tokens_per_s", "seconds", "peak_memory_gb")
+TIMES = ("rows_per_s", "tokens_per_s", "seconds", "peak_memory_gb", "mfu")
 
 
 def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -446,7 +449,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, how):
     """UPO with a value head and momentum, evaluations every 3 steps, checkpoints every 2; stopped in step `stop` + 1."""
     config = configure(UPO, optimizer={"schedule": "cosine", "warmup_steps": 2}, train={"eval_every": 3, "save_every": 2, "keep_checkpoints": 2})
     rows = Rows(pairs(14), pairs(5, seed=1, name="held_out"))
-    session(config, tmp_path / "whole", rows).run()
+    whole = session(config, tmp_path / "whole", rows).run()
 
     out, learner = tmp_path / "stopped", FakeLearner(config)
 
@@ -470,6 +473,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, how):
         done = stop - stop % 2 if how == "killed" else stop + 1
         assert resumed.steps == list(range(done, 8))
         assert summary["eval"]["before"]["step"] == 0 and summary["eval"]["after"]["step"] == 8
+        assert {k: summary[k] for k in ("slots", "padding", "shared_tokens")} == {k: whole[k] for k in ("slots", "padding", "shared_tokens")}
         manifest = json.loads((out / "manifest.json").read_text())
         assert [(s["from_step"], s["to_step"]) for s in manifest["sessions"]] == [(0, done), (done, 8)]
     for extra in {p.name for p in (out / "checkpoints").iterdir()} - {p.name for p in (tmp_path / "whole" / "checkpoints").iterdir()}:
@@ -591,3 +595,21 @@ def test_anchors_are_kept_only_for_a_loss_that_uses_them():
     for loss, kept in (("dpo", 0), ("bapo", 4)):
         prepared = prepare(configure({"preference": {"loss": loss}}), allow_code=False, reporter=Silent(), data=Rows(rows, rows))
         assert sum(e.anchor is not None for e in prepared.train) == sum(e.anchor is not None for e in prepared.eval) == kept
+
+
+def test_the_layout_is_settled_before_the_reference(tmp_path):
+    """The learner is given the longest prompt; what it falls back to is said, and is the layout in which the reference is scored."""
+
+    class Falls(FakeLearner):
+        def check_sharing(self, row):
+            super().check_sharing(row)
+            assert self.scored == 0
+            self.info = replace(self.info, layout="padded", notes=(*self.info.notes, "train.prefix_sharing: it fell back"))
+
+    config, listener, rows = configure(), Listener(), Rows(pairs(14))
+    padded, learner = FakeLearner(config), Falls(config)
+    learner.info = replace(learner.info, layout="packed")
+    fallen = session(config, tmp_path / "fallen", rows, learner, reporter=listener)
+    assert "train.prefix_sharing: it fell back" in listener.infos
+    assert len(learner.tried.prompts[0]) == max(len(e.prompt) for e in rows.train)
+    assert fallen._references == session(config, tmp_path / "padded", rows, padded)._references

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from upo import sharing
+from upo.data.batch import Example
 from upo.data.forest import Forest, packed_size, padded
 from upo.data.packed import Tree, packed
+from upo.sharing import Measured
 
 
 def distinct(seed: int) -> Forest:
@@ -65,14 +67,15 @@ def test_order_of_a_tree():
 # --- The check ------------------------------------------------------------------------------------------------------------------------
 
 
-def context_sums(forest: Forest, gap: float = 0.0, leak: float = 0.0) -> np.ndarray:
+def context_sums(forest: Forest, gap: float = 0.0, leak: float = 0.0, turn: float = 0.0) -> Measured:
     """A stand-in for a model: a token's score is the sum of what stands before it; with `leak`, also of the completion before its own."""
     scores, before = [], 0.0
     for p, completion in zip(forest.owner, forest.completions, strict=True):
         text = np.concatenate([forest.prompts[p], completion]).astype(np.float64)
         scores.append(-np.cumsum(text)[len(forest.prompts[p]) - 1 : -1] / 1000 + gap + leak * before)
         before = float(completion.sum() % 7)
-    return np.concatenate(scores).astype(np.float32)
+    logps = np.concatenate(scores).astype(np.float32)
+    return Measured(logps, np.array([1.0, turn]))
 
 
 @pytest.mark.parametrize("vocab", [96, 384, 49152])
@@ -86,10 +89,45 @@ def test_the_check(vocab):
     assert "move the log-probs of another" in why("bfloat16", leak=0.01), "16 bits do not hide a leak"
     assert why("bfloat16", mixture=True, leak=0.01) is None
     assert "differ by nan" in why(gap=float("nan"))
+    assert "gradients that differ by 0.02 of their norm" in why(turn=0.02)
+    assert why("bfloat16", turn=0.02) is None and "gradients that differ by nan" in why(turn=float("nan"))
 
 
 def test_the_tokens_of_the_check():
     forest = sharing.example(96)
     lengths = sorted(np.bincount(forest.owner).tolist())
-    assert lengths == [1, 3] and all((t >= 0).all() and (t < 96).all() for t in (*forest.prompts, *forest.completions))
+    assert lengths == [1, 1, 3] and all((t >= 0).all() and (t < 96).all() for t in (*forest.prompts, *forest.completions))
     assert len(np.unique(np.concatenate([*forest.prompts, *forest.completions]))) > 30
+
+
+def test_the_row_of_the_check():
+    """The smallest of those that share a long prompt and fit padded; else the longest prompt that fits, the first of equals; else the smallest."""
+
+    def chosen(rows, limit):
+        tokens = lambda n, first=1: np.full(n, first, np.int32)  # noqa: E731
+        made = [Example(f"t:{i}", "pair", tokens(p, i), tuple(map(tokens, cs)), (1,) * len(cs)) for i, (p, *cs) in enumerate(rows)]
+        forest = sharing.row_of(made, limit)
+        assert forest.owner.tolist() == [0] * len(forest.completions)
+        return int(forest.prompts[0][0]), forest.prompts[0].size, [len(c) for c in forest.completions]
+
+    rows = [(60, 5, 5), (32, 9, 1), (31, 1, 1), (40, 1), (33, 2, 3)]
+    assert chosen(rows, 1000) == (4, 33, [2, 3])  # 72 slots; row 1 takes 82
+    assert chosen(rows, 71) == (3, 40, [1])
+    short = [(9, 30, 1), (8, 2, 3), (8, 1, 1), (5, 2, 2)]
+    assert [chosen(short, limit)[0] for limit in (78, 77, 13)] == [0, 1, 3]
+
+
+def test_any_rank_that_cannot_share_is_heard():
+    class Two:
+        rank, size = 0, 2
+
+        def all_sum(self, array):
+            return array + self.other
+
+    comm = Two()
+    said = []
+    for comm.other in (0, 1):
+        said.append([sharing.agreed(comm, "Llama", reason, " here") for reason in (None, "it leaks")])
+    own = "train.prefix_sharing: each completion is computed with a prompt of its own: with Llama here, it leaks."
+    other = "train.prefix_sharing: each completion is computed with a prompt of its own: another rank has to."
+    assert said == [[None, own], [other, own]]

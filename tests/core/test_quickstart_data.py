@@ -11,7 +11,7 @@ import pytest
 from upo.backend import Sampling
 from upo.data.read import read
 from upo.quickstart import make_data
-from upo.quickstart.pairs import Pair, choose_pairs, opens_with_article
+from upo.quickstart.pairs import Pair, choose_pairs, opens_with_comma
 from upo.quickstart.recipe import HELDOUT, TRAIN, prompts, recipe
 from upo.rewards.english import words
 from upo.rewards.readability import Readability
@@ -34,7 +34,7 @@ def test_prompts_are_distinct_and_none_is_in_both_splits() -> None:
 def test_counts_and_prompts_of_the_pairs() -> None:
     train, held = pairs("train"), pairs("heldout")
     assert (len(train), len(held)) == (120, 60)
-    assert (len({p.prompt for p in train}), len({p.prompt for p in held})) == (48, 25)
+    assert (len({p.prompt for p in train}), len({p.prompt for p in held})) == (61, 30)
     assert {p.prompt for p in train} <= set(prompts("train")) and {p.prompt for p in held} <= set(prompts("heldout"))
     texts = [t for p in train + held for t in (p.chosen, p.rejected)]
     assert len(set(texts)) == len(texts)  # the pairs are disjoint
@@ -43,7 +43,7 @@ def test_counts_and_prompts_of_the_pairs() -> None:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_label_follows_its_rule_and_says_nothing_about_readability(split: str) -> None:
     found = pairs(split)
-    assert all(opens_with_article(p.chosen) and not opens_with_article(p.rejected) for p in found)
+    assert all(opens_with_comma(p.chosen) and not opens_with_comma(p.rejected) for p in found)
     sides = [[t for p in found for t in (p.chosen, p.rejected)]][0]
     reward = np.array(Readability()([""] * len(sides), sides))
     label = np.tile([1.0, -1.0], len(found))
@@ -83,16 +83,16 @@ def test_recipe_is_a_valid_configuration_with_its_places_filled() -> None:
     assert full.objective.preference[0].loss == "kto"
 
 
-def test_articles() -> None:
-    assert all(map(opens_with_article, ["The sky.", "a dog barks", '"An apple," she said.']))
-    assert not any(map(opens_with_article, ["Then the sky.", "Apples", "", "1. The first"]))
+def test_a_comma_counts_in_the_first_sentence_only() -> None:
+    assert all(map(opens_with_comma, ["Well, yes.", "Red, blue", "Ask Mr. Smith, he knows. Or not."]))
+    assert not any(map(opens_with_comma, ["Yes. Well, no.", "Apples", "", "1. The first is good. Then, stop."]))
 
 
-def test_pairs_are_disjoint_and_the_chosen_answer_opens_with_an_article() -> None:
-    texts = ["The sky.", "Sky.", "A sky.", "Blue.", "An eye."]
-    found = choose_pairs([("q", texts), ("no article", ["Sky.", "Blue."])], 3, len)
-    assert len(found) == 2 and {p.prompt for p in found} == {"q"}  # two answers without an article: two pairs
-    assert all(opens_with_article(p.chosen) and not opens_with_article(p.rejected) for p in found)
+def test_pairs_are_disjoint_and_the_chosen_answer_opens_with_a_comma() -> None:
+    texts = ["A, b.", "Sky.", "C, d.", "Blue.", "E, f."]
+    found = choose_pairs([("q", texts), ("no comma", ["Sky.", "Blue."])], 3, len)
+    assert len(found) == 2 and {p.prompt for p in found} == {"q"}  # two answers without a comma: two pairs
+    assert all(opens_with_comma(p.chosen) and not opens_with_comma(p.rejected) for p in found)
     used = [t for p in found for t in (p.chosen, p.rejected)]
     assert len(set(used)) == 4
     assert len(choose_pairs([("q", texts)], 1, len)) == 1
@@ -100,14 +100,14 @@ def test_pairs_are_disjoint_and_the_chosen_answer_opens_with_an_article() -> Non
 
 def test_selection_keeps_the_goal_balanced_over_prompts() -> None:
     goal = lambda text: float("good" in text)  # noqa: E731
-    either = ("b", ["The good.", "The bad.", "It is good.", "It is bad."])  # as wide either way: balance + 1 or - 1
-    assert choose_pairs([("a", ["The good.", "It is bad."]), either], 1, goal)[1] == Pair("b", "The bad.", "It is good.")
-    assert choose_pairs([("a", ["The bad.", "It is good."]), either], 1, goal)[1] == Pair("b", "The good.", "It is bad.")
+    either = ("b", ["Oh, good.", "Oh, bad.", "It is good.", "It is bad."])  # as wide either way: balance + 1 or - 1
+    assert choose_pairs([("a", ["Oh, good.", "It is bad."]), either], 1, goal)[1] == Pair("b", "Oh, bad.", "It is good.")
+    assert choose_pairs([("a", ["Oh, bad.", "It is good."]), either], 1, goal)[1] == Pair("b", "Oh, good.", "It is bad.")
 
 
 def test_selection_is_wide_but_as_good_as_the_answers_are() -> None:
     goal = lambda text: {"best": 1.0, "good": 0.5}.get(text.split()[1], 0.0)  # noqa: E731
-    texts = ["The best.", "The good.", "The bad.", "It worse.", "It good.", "It awful."]
+    texts = ["Oh, best.", "Oh, good.", "Oh, bad.", "It worse.", "It good.", "It awful."]
     texts = [text.replace(".", " one.") for text in texts]
     found = choose_pairs([("q", texts)], 2, goal)
     values = [goal(t) for p in found for t in (p.chosen, p.rejected)]

@@ -56,8 +56,13 @@ def whole_sentences(text: str, ended: bool) -> str | None:
     text = text.strip()
     if ended:
         return text or None
-    ends = [m.end() for m in _END.finditer(text) if not _NO_END.search(text[: m.end()])]
+    ends = sentence_ends(text)
     return text[: ends[-1]] if ends else None
+
+
+def sentence_ends(text: str) -> list[int]:
+    """Where its sentences end, after the mark and closing quotes."""
+    return [m.end() for m in _END.finditer(text) if not _NO_END.search(text[: m.end()])]
 
 
 def style(texts: Sequence[str]) -> Style:

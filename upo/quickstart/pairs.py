@@ -6,27 +6,25 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from upo.rewards.english import words
-
-ARTICLES = ("a", "an", "the")
+from upo.evaluation.answers import sentence_ends
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt; the chosen one opens with an article."""
+    """Two answers to one prompt; only the chosen one's first sentence has a comma."""
 
     prompt: str
     chosen: str
     rejected: str
 
 
-def opens_with_article(text: str) -> bool:
-    """Whether the first word is a, an or the."""
-    return any(word.lower() in ARTICLES for word in words(text)[:1])
+def opens_with_comma(text: str) -> bool:
+    """Whether there is a comma before the end of the first sentence."""
+    return "," in text[: min(sentence_ends(text), default=len(text))]
 
 
 def choose_pairs(answers: Sequence[tuple[str, Sequence[str]]], most: int, goal: Callable[[str], float]) -> list[Pair]:
-    """Up to `most` disjoint pairs for each (prompt, distinct answers): the chosen answer opens with an article, the rejected one does not.
+    """Up to `most` disjoint pairs for each (prompt, distinct answers): the chosen answer has a comma in its first sentence, the rejected one not.
 
     For each prompt in turn the selection of pairs is taken that differs most in the goal, less half of two sums that are to stay near
     zero over all prompts: goal(chosen) - goal(rejected), so that the label tells nothing about the goal; and the goal of the taken
@@ -38,7 +36,7 @@ def choose_pairs(answers: Sequence[tuple[str, Sequence[str]]], most: int, goal: 
     for prompt, texts in answers:
         worth = [goal(text) for text in texts]
         mean = sum(worth) / max(len(worth), 1)
-        sides = [[i for i, text in enumerate(texts) if opens_with_article(text) is side] for side in (True, False)]
+        sides = [[i for i, text in enumerate(texts) if opens_with_comma(text) is side] for side in (True, False)]
         count = min(most, *map(len, sides))
         found = []
         for chosen, rejected in itertools.product(*(itertools.combinations(side, count) for side in sides)):

@@ -26,6 +26,6 @@ def recipe(model: Path | str, backend: str = "auto", seed: int = 0, steps: int |
 
 
 def prompts(split: str) -> list[str]:
-    """The questions written for the quickstart: split `train` (70, of which 60 are used) or `heldout` (40)."""
+    """The questions written for the quickstart: split `train` (70) or `heldout` (40)."""
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     return [row["prompt"] for row in rows if row["split"] == split]

@@ -14,6 +14,7 @@ from upo.backend import Learner
 from upo.config import RunConfig
 from upo.data.batch import Batch, collate
 from upo.errors import NonFiniteError
+from upo.flops import Work
 from upo.train.checks import check_start
 from upo.train.identity import position
 from upo.train.interrupt import Interrupt
@@ -23,6 +24,7 @@ from upo.train.prepare import Prepared
 from upo.train.reporter import Reporter
 from upo.train.run import Run
 from upo.train.schedule import lr_at
+from upo.train.work import batch_work, evaluation_work, figures
 
 HEAVY = 10.0  # a mean actor weight above this means that a few completions decide the step
 
@@ -85,6 +87,9 @@ class Loop:
         self.evaluation = collate(prepared.eval) if prepared.eval else None
         self.evaluations, self.origin, self.saved = evaluations, origin, saved
         self.writes = learner.comm.rank == 0
+        self.limit, self.ranks = prepared.config.train.micro_batch_tokens, learner.comm.size
+        self.lines: list[dict[str, Any]] = []  # of the steps done here
+        self._evaluation_work: tuple[Work, Work] | None = None  # the same each time
         self._heavy = False
 
     def go(self, progress: Progress) -> None:
@@ -129,8 +134,10 @@ class Loop:
             "grad_norm": float(outcome.grad_norm),
             **({"value_grad_norm": float(outcome.value_grad_norm)} if self.objective.needs & {"value", "token_values"} else {}),
             **self._speed(batch, seconds),
+            **figures(batch_work(batch, self.limit, self.ranks, self.learner.info.layout), self.learner.info, seconds, self.ranks, trained=True),
         }
         self._log(record)
+        self.lines.append(record)
         self.reporter.advance(1)
         self._warn_heavy(record)
 
@@ -140,9 +147,13 @@ class Loop:
         if self.evaluation is None or not due or any(line["step"] == step for line in self.evaluations):
             return
         began = time.perf_counter()
-        limit = self.config.train.micro_batch_tokens * self.learner.comm.size
-        found = evaluate(self.learner, self.objective, self.evaluation, step, limit)
-        record = {"step": step, "eval": True, **found, **self._speed(self.evaluation, time.perf_counter() - began), **(self.fresh() if self.fresh else {})}
+        found = evaluate(self.learner, self.objective, self.evaluation, step, self.limit * self.ranks)
+        seconds, info = time.perf_counter() - began, self.learner.info
+        if self._evaluation_work is None:
+            self._evaluation_work = evaluation_work(self.evaluation, self.limit, self.ranks, info.layout)
+        work = figures(self._evaluation_work, info, seconds, self.ranks, trained=False)
+        sampled = self.fresh() if self.fresh else {}
+        record = {"step": step, "eval": True, **found, **self._speed(self.evaluation, seconds), **work, **sampled}
         self.evaluations.append(record)
         self._log(record)
         if self.watch.best_of(self.evaluations) is record:

@@ -48,7 +48,13 @@ NAMES: dict[str, str] = {
     "grad_norm": "gradient norm of the adapter before clipping",
     "value_grad_norm": "gradient norm of the value head before clipping",
     "rows_per_s": "rows per second of this step or evaluation",
-    "tokens_per_s": "tokens per second, each row's prompt counted once",
+    "tokens_per_s": "tokens per second of the rows at hand, each row's prompt counted once whatever is computed; KTO's partners are not counted",
+    "slots": "token slots computed: prompts, completions, KTO's partners and padding, over all ranks; passes that are done again (gradient "
+    "checkpointing, the first pass of a coupled loss) are counted once",
+    "padding": "share of the slots that hold no token",
+    "shared_tokens": "tokens of prompts that were not computed again for a further completion, as a share of the tokens with a prompt for each",
+    "mfu": "arithmetic of the tokens computed (padding and recomputation are none) as a share of what the devices could do at their peak in this "
+    "dtype; absent where the device's peak or the family's arithmetic is not known",
     "peak_memory_gb": "largest memory in use so far",
     "seconds": "wall time of this step or evaluation",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from upo.config import RunConfig, load_config
 from upo.data.control import Control
 from upo.errors import ConfigError, RunError
 from upo.evaluation.goals import Fresh, goals_of, questions_of
+from upo.sharing import row_of
 from upo.train.checkpoint import Checkpoint
 from upo.train.identity import check_config, check_identity, differences, position, run_identity, with_keys
 from upo.train.inputs import Inputs, inputs_of, read_inputs
@@ -29,6 +31,7 @@ from upo.train.reporter import Recorder, Reporter, Silent
 from upo.train.run import Run
 from upo.train.schedule import lr_at
 from upo.train.value import fit_value
+from upo.train.work import averages
 
 
 class Session:
@@ -81,6 +84,7 @@ class Session:
         self.learner = learner if learner is not None else get_backend(config.backend).load(config)
         if self.learner.comm.rank > 0:
             self.reporter.inner = Silent()
+        self.learner.check_sharing(row_of(self._prepared.train, config.train.micro_batch_tokens))  # the layout is part of the reference's key
         for note in self.learner.info.notes:
             self.reporter.info(note)
         self._identity["model"] = self.learner.info.weights_hash
@@ -115,7 +119,7 @@ class Session:
             with contextlib.suppress(RunError):  # where the disk is full, what stopped the run is the better message
                 self._note(self.progress.step)
             raise
-        summary = self._summary(evaluations)
+        summary = self._summary(evaluations, averages([*kept, *loop.lines]))
         if writes:
             self._note(self.progress.step)
             self.folder.write_result(self.learner.state()["adapter"], self.learner.adapter_config())
@@ -277,7 +281,7 @@ class Session:
             self._manifest["latest"] = checkpoint.name
         self.folder.write_json("manifest.json", self._manifest)
 
-    def _summary(self, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    def _summary(self, evaluations: list[dict[str, Any]], work: Mapping[str, Any]) -> dict[str, Any]:
         seconds, done = self.progress.seconds(), self.progress.step
         rows = self._prepared.rows_before(done)
         before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
@@ -290,6 +294,7 @@ class Session:
             "train_s": seconds["train"],
             "total_s": seconds["total"],
             "rows_per_s": rows / max(seconds["reference"] + seconds["train"], 1e-9),
+            **work,
             "peak_memory_gb": float(self.learner.peak_memory_gb()),
             "eval": {"before": before, "after": after},
             **({} if best is None else {"best": {"checkpoint": str(self.folder.checkpoint_folder(best["step"])), **best}}),
