@@ -396,7 +396,7 @@ class RunConfig(Section):
             raise ValueError("reference: names the same one twice")
         if "start" in self.references and self.adapter.start is None:
             raise ValueError("reference: start needs adapter.start; without a start adapter the reference is base")
-        if (self.data.control is not None) != any(preference.loss == "csft" for preference in self.objective.preference):
+        if (self.data.control is not None) != ("control" in self.objective.build().needs):
             raise ValueError('data.control: goes with the loss csft, and that with it, e.g. data.control: ["<|good|>", "<|bad|>"]')
         for preference in self.objective.preference:
             preference.term().loss.check_run(len(self.references), self.train.batch_size)

@@ -112,5 +112,7 @@ def _echo_entry(entry: dict[str, Any]) -> None:
         click.echo(f"    preference: {{loss: {entry['name']}{shown}}}")
         if "rewards" in entry["needs"]:
             click.echo("    rewards: [{scorer: column, column: score}]")
+    if "control" in entry["needs"]:
+        click.echo('  data: {train: preferences.jsonl, control: ["<|good|>", "<|bad|>"]}')
     if "references" in entry["needs"]:
         click.echo("  reference: [base, path/to/adapter]")

@@ -221,7 +221,7 @@ def expected_end(out) -> int:
 
 
 def timeless(out) -> list[dict[str, Any]]:
-    times = {"seconds", "rows_per_s", "tokens_per_s", "peak_memory_gb"}
+    times = {"seconds", "rows_per_s", "tokens_per_s", "peak_memory_gb", "mfu"}
     return [{k: v for k, v in json.loads(text).items() if k not in times} for text in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -271,4 +271,8 @@ def test_ranks_end_together(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         summaries = list(pool.map(lambda learner: session(config, tmp_path / "run", learner).run(), learners))
     assert alone["steps"] < 32
-    assert [s["steps"] for s in summaries] == [alone["steps"]] * 2 and timeless(tmp_path / "run") == timeless(tmp_path / "alone")
+    assert [s["steps"] for s in summaries] == [alone["steps"]] * 2
+    found, expected = timeless(tmp_path / "run"), timeless(tmp_path / "alone")
+    for line in (*found, *expected):  # two ranks cut steps into other micro-batches
+        line.pop("slots"), line.pop("padding")
+    assert found == expected

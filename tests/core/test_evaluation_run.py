@@ -141,13 +141,28 @@ def test_a_judge_and_a_goal_that_fails(run):
     questions = Questions(QUESTIONS.asked, 3, QUESTIONS.sampling, [Goal("gone", Gone()), Goal("loud", Loud())], ScorerJudge(Loud(), Silent()))
     _, result = evaluate(target_of_run(run, "latest", {}, Silent()), questions, reporter=listener)
     assert list(result["goals"]) == ["loud"]
-    assert listener.warnings == ["Goal gone could not be scored and is left out: scorer gone: no answer."]
+    assert listener.warnings[0] == "Goal gone could not be scored and is left out: scorer gone: no answer."
     counts = {"wins": 0, "losses": 0, "ties": 0}
     for sample in result["samples"]:
         for old, new in zip(sample["before"], sample["after"], strict=True):
             more = new.split().count("d") - old.split().count("d")
             counts["wins" if more > 0 else "losses" if more < 0 else "ties"] += 1
     assert {name: result["win_rate"][name] for name in counts} == counts and counts["wins"] > counts["losses"]
+
+
+def test_empty_answers_are_told_and_kept(run):
+    class Mute(FakeLearner):
+        def generate(self, prompts, sampling):
+            return [np.zeros(0, np.int32) if i % 3 == 0 else tokens for i, tokens in enumerate(super().generate(prompts, sampling))]
+
+    target, listener = target_of_run(run, "latest", {}, Silent()), Listener()
+    learner = Mute(target.config)
+    learner.load_state({**learner.state(), "adapter": read_adapter(target.adapter).arrays})
+    result = evaluate_target(target, learner, Words(), "torch", [], QUESTIONS, listener)
+    texts = [text for sample in result["samples"] for text in sample["after"]]
+    assert texts.count("") == result["answers"]["empty"]["after"] >= 5 and len(texts) == 15
+    assert f"{texts.count('')} of 15 answers after are empty. They are kept, and count in every mean as the scorers see them." in listener.warnings
+    assert result["goals"]["loud"]["after"] == pytest.approx(sum(text.split().count("d") for text in texts) / 15)
 
 
 def test_an_adapter_that_names_no_model(tmp_path):

@@ -78,7 +78,8 @@ def test_reconstructed_formulas_say_so() -> None:
 
 REFERENCE = {"reference"}
 NEEDED: dict[str, set[str]] = {
-    **{name: set() for name in ("simpo", "cpo", "cpo_simpo", "orpo", "asft", "slic", "sft", "csft")},
+    **{name: set() for name in ("simpo", "cpo", "cpo_simpo", "orpo", "asft", "slic", "sft")},
+    "csft": {"control"},
     "ld_dpo": {"reference", "tokens"},
     "wpo": {"reference", "collision"},
     "mrpo": {"reference", "references"},
@@ -105,9 +106,11 @@ FIELDS = {  # what a need brings
     "collision": ("collision",),
     "anchors": ("anchor_logp", "anchor_ref_logp"),
     "distance": ("distance",),
+    "control": (),
     "quantiles": ("quantile", "ref_rewards"),
 }
-INDIRECT = {("mrpo", "reference"), ("qrpo", "rewards")}  # needed to make another field: the list of references, the quantiles
+# Needed to make another field: the list of references, the quantiles; the completions themselves.
+INDIRECT = {("mrpo", "reference"), ("qrpo", "rewards"), ("csft", "control")}
 UNITS = {
     **dict.fromkeys(("kto", "apo_zero_unpaired", "bco", "qrpo", "a_lol", "a_lol_sequence", "dro_v", "csft"), "completion"),
     **{"sft": "chosen", "relative_po": "chosen", "exo_reward": "group", "offline_ppo": "token"},

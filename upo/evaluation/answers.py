@@ -61,7 +61,7 @@ def whole_sentences(text: str, ended: bool) -> str | None:
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Where its sentences end: the places after their last mark."""
+    """Where its sentences end, after the mark and closing quotes."""
     return [m.end() for m in _END.finditer(text) if not _NO_END.search(text[: m.end()])]
 
 

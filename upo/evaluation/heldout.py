@@ -13,6 +13,7 @@ from upo.data.batch import Batch, Example, collate, micro_batches
 from upo.errors import NonFiniteError
 from upo.learner import scores_of
 from upo.losses import DPO, Loss
+from upo.sharing import row_of
 from upo.train.metrics import bad_rows, credit, margins, name_rows, score_metrics
 from upo.train.reference import with_reference
 from upo.train.reporter import Reporter
@@ -29,7 +30,10 @@ class HeldOut:
     @classmethod
     def of(cls, config: RunConfig, learner: Learner, backend: str, examples: Sequence[Example], reporter: Reporter) -> HeldOut:
         """Scores the reference, unless its cache has these rows."""
-        bare = [replace(e, anchor=None) for e in examples]
+        bare, known = [replace(e, anchor=None) for e in examples], len(learner.info.notes)
+        learner.check_sharing(row_of(bare, config.train.micro_batch_tokens))  # before anything is scored, as in training
+        for note in learner.info.notes[known:]:
+            reporter.info(note)
         rows = with_reference(config, learner, backend, bare, "held-out rows", reporter).examples
         terms = config.objective.build().preference
         return cls(collate(rows), terms[0].loss if terms else DPO(), config.train.micro_batch_tokens)

@@ -84,6 +84,9 @@ def _answers(answers: Mapping[str, Answers], questions: Questions, reporter: Rep
     before, after, prompts = answers["before"], answers["after"], [question.text for question in questions.asked]
     goals = {goal.label: scored for goal in questions.goals if (scored := _goal(goal, prompts, before, after, reporter)) is not None}
     looks = [asdict(style([text for texts in side for text in texts])) for side in (before, after)]
+    for when, look in zip(("before", "after"), looks, strict=True):
+        if look["empty"]:
+            reporter.warn(f"{look['empty']} of {sum(map(len, after))} answers {when} are empty. They are kept, and count in every mean as the scorers see them.")
     return {
         "goals": goals,
         "answers": {name: {"before": looks[0][name], "after": looks[1][name]} for name in looks[0]},

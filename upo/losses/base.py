@@ -150,6 +150,7 @@ NEEDS = {
     "anchors": 'an "anchor" completion in each row',
     "distance": "distances between prompts",
     "quantiles": 'a list "ref_rewards" in each row',
+    "control": "control texts before the completions (data.control)",
 }
 
 

@@ -50,6 +50,7 @@ class CSFT(Loss):
     name: ClassVar[str] = "csft"
     unit: ClassVar[Unit] = "completion"
     data: ClassVar[Data] = "labels"
+    needs: ClassVar[frozenset[str]] = frozenset({"control"})
     source: ClassVar[str] = "Korbak et al. 2023, arXiv 2302.08582, conditional training; CSFT in Ethayarajh et al. 2024, arXiv 2402.01306; ContextualAI/HALOs"
 
     def __call__(self, ops: Ops, scores: Scores) -> Array:

@@ -154,7 +154,8 @@ class Loop:
         if self._evaluation_work is None:
             self._evaluation_work = evaluation_work(self.evaluation, self.limit, self.ranks, info)
         work = figures(self._evaluation_work, info, seconds, self.ranks, trained=False)
-        record = {"step": step, "eval": True, **found, **self._speed(self.evaluation, seconds), **work, **(self.fresh() if self.fresh else {})}
+        sampled = self.fresh() if self.fresh else {}
+        record = {"step": step, "eval": True, **found, **self._speed(self.evaluation, seconds), **work, **sampled}
         self.evaluations.append(record)
         self._log(record)
         if self.watch.best_of(self.evaluations) is record:
