@@ -13,14 +13,11 @@ HELD_OUT = pairs(6, seed=1, name="held_out")
 class Loud(TextScorer):
     """The number of words that are `d`."""
 
-    cached = False
+    name = "loud"
+    remembered = False
 
-    @property
-    def label(self) -> str:
-        return "loud"
-
-    def __call__(self, prompts, completions):
-        return [text.split().count("d") for text in completions]
+    def __call__(self, answers):
+        return [answer.text.split().count("d") for answer in answers]
 
 
 class Listener(Silent):

@@ -46,7 +46,7 @@ def evaluations(out) -> list[dict[str, Any]]:
 
 
 class Away(Loud):
-    def __call__(self, prompts, completions):
+    def __call__(self, answers):
         raise UpoError("no answer from the judge within 20 s.")
 
 

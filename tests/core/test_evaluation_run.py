@@ -134,7 +134,7 @@ def test_prompts_alone_and_rows_alone(run):
 
 def test_a_judge_and_a_goal_that_fails(run):
     class Gone(Loud):
-        def __call__(self, prompts, completions):
+        def __call__(self, answers):
             raise UpoError("scorer gone: no answer.")
 
     listener = Listener()

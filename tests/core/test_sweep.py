@@ -153,7 +153,7 @@ def a_sweep(tmp_path, extra: str = "", gammas: str = "[0.5, 3.0, 20.0]"):
 def test_references_and_rewards_are_scored_once(tmp_path, monkeypatch):
     scored: list[int] = []
     score = Length.__call__
-    monkeypatch.setattr(Length, "__call__", lambda self, prompts, texts: (scored.append(len(texts)), score(self, prompts, texts))[1])
+    monkeypatch.setattr(Length, "__call__", lambda self, answers: (scored.append(len(answers)), score(self, answers))[1])
     trainer = Trainer()
     result = run_sweep(a_sweep(tmp_path, gammas="[0.5, 3.0]"), tmp_path / "out", reporter=Listener(), run=trainer)
     first, second = (learner.scored for learner in trainer.learners)
