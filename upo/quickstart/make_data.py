@@ -29,7 +29,7 @@ from upo.train.reporter import Reporter, Silent
 SAMPLING = Sampling(max_tokens=48, temperature=0.8, top_p=0.95, seed=10_000, batch_size=80)
 CHUNK = 5  # prompts sampled at once
 SHORTEST = 5  # words
-PAIRS = {"train": (120, 2), "heldout": (60, 2)}  # at most: how many, and how many of each prompt
+PAIRS = {"train": (120, 2), "heldout": (80, 2)}  # at most: how many, and how many of each prompt
 SAMPLES = 16  # to each prompt
 
 
