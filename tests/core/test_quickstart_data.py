@@ -15,7 +15,7 @@ from upo.quickstart.pairs import Pair, choose_pairs, opens_with_comma
 from upo.quickstart.recipe import HELDOUT, TRAIN, prompts, recipe
 from upo.rewards.english import words
 from upo.rewards.readability import Readability
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 
 def pairs(split: str) -> list[Pair]:

@@ -17,10 +17,10 @@ from upo.data.batch import collate
 from upo.data.forest import Forest
 from upo.data.partners import assign_partners
 from upo.errors import ModelError
-from upo.train import reference
-from upo.train.logp_store import Store, text_keys
-from upo.train.reference import adapter_hash, check_reference, logps_of, reference_key, with_reference
-from upo.train.reporter import Silent
+from upo.training import reference
+from upo.training.logp_store import Store, text_keys
+from upo.training.reference import adapter_hash, check_reference, logps_of, reference_key, with_reference
+from upo.training.reporter import Silent
 
 CONFIG = configure(train={"micro_batch_tokens": 40})
 

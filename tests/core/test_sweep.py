@@ -19,7 +19,7 @@ from upo.rewards.length import Length
 from upo.sweep.front import pareto_front
 from upo.sweep.points import read_sweep
 from upo.sweep.run import run_sweep
-from upo.train.session import Session
+from upo.training.session import Session
 
 NAN = float("nan")
 

@@ -28,10 +28,10 @@ from upo.data.batch import Batch, Example, Places, collate, micro_batches
 from upo.data.forest import Forest
 from upo.errors import ModelError
 from upo.learner import sum_over_ranks
-from upo.train.checks import ROUNDING
-from upo.train.logp_store import Store, text_keys
-from upo.train.metrics import name_rows
-from upo.train.reporter import Reporter
+from upo.training.checks import ROUNDING
+from upo.training.logp_store import Store, text_keys
+from upo.training.metrics import name_rows
+from upo.training.reporter import Reporter
 
 KEEP_EVERY = 30.0  # seconds of work that a process which is killed may lose
 

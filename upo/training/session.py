@@ -18,21 +18,21 @@ from upo.data.control import Control
 from upo.errors import ConfigError, RunError
 from upo.evaluation.goals import Fresh, goals_of, questions_of
 from upo.sharing import row_of
-from upo.train.checkpoint import Checkpoint
-from upo.train.identity import check_config, check_identity, differences, position, run_identity, with_keys
-from upo.train.inputs import Inputs, inputs_of, read_inputs
-from upo.train.keep import watch_of
-from upo.train.loop import Loop, Progress
-from upo.train.manifest import cut_sessions, done_by, first_manifest, session_entry
-from upo.train.prepare import prepare
-from upo.train.prompts import with_embeddings
-from upo.train.reference import adapter_hash, logps_of, pass_size, reference_identity, with_reference
-from upo.train.reporter import Recorder, Reporter, Silent
-from upo.train.run import Run
-from upo.train.schedule import lr_at
-from upo.train.sinks import Sinks
-from upo.train.value import fit_value
-from upo.train.work import averages
+from upo.training.checkpoint import Checkpoint
+from upo.training.identity import check_config, check_identity, differences, position, run_identity, with_keys
+from upo.training.inputs import Inputs, inputs_of, read_inputs
+from upo.training.keep import watch_of
+from upo.training.loop import Loop, Progress
+from upo.training.manifest import cut_sessions, done_by, first_manifest, session_entry
+from upo.training.prepare import prepare
+from upo.training.prompts import with_embeddings
+from upo.training.reference import adapter_hash, logps_of, pass_size, reference_identity, with_reference
+from upo.training.reporter import Recorder, Reporter, Silent
+from upo.training.run import Run
+from upo.training.schedule import lr_at
+from upo.training.sinks import Sinks
+from upo.training.value import fit_value
+from upo.training.work import averages
 
 
 class Session:

@@ -11,8 +11,8 @@ from upo.data.batch import Example
 from upo.errors import ConfigError, ModelError
 from upo.losses import LOSSES, Loss, Objective
 from upo.losses.base import NEEDS
-from upo.train.metrics import name_rows
-from upo.train.reporter import Reporter
+from upo.training.metrics import name_rows
+from upo.training.reporter import Reporter
 
 # Nats on a completion. Sums in 16 bits move with the shape of the batch.
 ROUNDING = {"float32": 1e-2, "bfloat16": 1.0, "float16": 1.0}
