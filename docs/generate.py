@@ -109,7 +109,8 @@ A scorer gives an answer a number. As a goal of training (`objective.auxiliary.r
 `weight` turns a goal round.
 
 - **Scored once.** Each distinct answer is scored in batches, in parallel where there is enough to do, and kept in `~/.cache/upo/rewards` (or `UPO_CACHE`) under scorer,
-  version, options and, for models, weights. A run that was killed goes on where it stopped. Several ranks on one machine score once.
+  version, options and, for models, weights. A run that was killed goes on where it stopped. Of several ranks on one machine one scores. A
+  `python` function is kept only if you say so (`remember`).
 - **Normalised explicitly.** `normalise: zscore` or `quantile`, and `clip: [low, high]` after it, are fitted on the training rows, used for the held-out rows
   as well, and saved in the run's `manifest.json` with the scorer's version and options.
 - **Nothing passes for a score that is none.** A scorer that raises, returns NaN, text or the wrong number of values, crashes or takes too long stops with one line that

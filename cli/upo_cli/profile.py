@@ -92,7 +92,7 @@ def _show(result: Profile) -> None:
         for line in _histogram(goal):
             click.echo(line)
         if goal.worst:
-            click.echo("  rejected much better: " + ", ".join(f"{origin} (by {by:.3g})" for origin, by in goal.worst))
+            click.echo("  rejected much better: " + ", ".join(f"{origin.rpartition('/')[2]} (by {by:.3g})" for origin, by in goal.worst))
     for warning in result.warnings:
         click.echo(f"\nWarning: {warning}")
 

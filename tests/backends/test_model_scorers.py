@@ -170,22 +170,29 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_reward_model_values(reward_model: Path) -> None:
-    """Head times last hidden state of the whole conversation, one row at a time; the last token is the end of turn, which also is the padding."""
+    """Head times last hidden state of the whole conversation, one row at a time; the last token is the end of turn, which also is the padding.
+
+    What is longer than the 256 tokens that the model reads loses its beginning.
+    """
     from tokenizers import Tokenizer
     from transformers import LlamaForSequenceClassification
 
     net = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
     tokenizer = Tokenizer.from_file(str(reward_model / "tokenizer.json"))
-    texts = ["The answer is that you are not kind.", "I", "what is it? " * 5]
+    texts = ["The answer is that you are not kind.", "I", "what is it? " * 5, "what is it? " * 60]
     expected = []
     for text in texts:
         ids = tokenizer.encode(f"<|im_start|>user\nwhat is it<|im_end|><|im_start|>assistant\n{text}<|im_end|>", add_special_tokens=False).ids
         assert ids[-1] == 2
+        ids = ids[-256:]
         with torch.no_grad():
             expected.append(float(net.score(net.model(torch.tensor([ids])).last_hidden_state[0, -1])))
-    found = build_scorer("reward_model", model=str(reward_model)).score(answers(*texts))
+    listener = Listener()
+    found = build_scorer("reward_model", model=str(reward_model)).score(answers(*texts), listener)
     assert found == pytest.approx(expected, abs=1e-5)  # float32 rounding of other shapes
-    assert len({round(value, 3) for value in found}) == 3
+    assert len({round(value, 3) for value in found}) == 4
+    (warning,) = listener.warned
+    assert "1 of 4 answers have more than the 256 tokens" in warning and "their beginning" in warning
 
 
 def test_reward_model_sees_every_turn(reward_model: Path) -> None:

@@ -54,7 +54,7 @@ def test_profile_of_columns_and_of_named_goals() -> None:
     rows = [line.split() for line in both.stdout.splitlines()]
     assert rows[0] == ["goal", "weight", "mean", "sd", "min", "max", "preference", "agree", "tied", "conflict"]
     # length: 80 -> 0.25, 30 -> 0.875, 60 -> 0.5, 20 -> 1
-    assert rows[1][:6] == ["length", "1", "0.656", "0.297", "0.250", "1.000"] and rows[1][7:] == ["0%", "0%", "100%"]
+    assert rows[1][:6] == ["length", "1", "0.656", "0.298", "0.250", "1.000"] and rows[1][7:] == ["0%", "0%", "100%"]
     assert rows[2][0] == "q" and rows[3][0] == "total"
     assert "rejected much better: d.jsonl:1 (by 0.625), d.jsonl:2 (by 0.5)" in both.stdout
     assert "Rank correlation between goals:" in both.stdout and "#" * 40 in both.stdout

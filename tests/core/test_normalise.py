@@ -58,7 +58,7 @@ def test_bounds_that_are_none(clip: Any) -> None:
 def run(out: Path, normalise: str = "zscore", resume: bool = False) -> tuple[Session, Any]:
     tokens = np.array([3], np.int32)
     goals = [{"scorer": "column", "column": "q", "normalise": normalise, "clip": [-1.25, 3.0]}]
-    config = configure({"preset": "upo", "auxiliary": {"rewards": goals}}, train={"epochs": 1, "save_every": 1, "batch_size": 1})
+    config = configure({"preference": {"loss": "dpo"}, "auxiliary": {"rewards": goals}}, train={"epochs": 1, "save_every": 1, "batch_size": 1})
 
     def row(line: int, name: str, *q: float) -> Example:
         return Example(f"{name}:{line}", "pair", np.array([5, line], np.int32), (tokens, tokens + 1), (1, -1), ("c", "r"), "p", {"q": q})

@@ -70,7 +70,7 @@ def test_repetition() -> None:
 
 def test_diversity() -> None:
     # windows of 3 in "a b a b c": aba 2, bab 2, abc 3
-    assert scores("diversity", "a b a b c", window=3) == [pytest.approx(7 / 9)]
+    assert scores("diversity", "a b a b c", "a b c d", window=3) == [pytest.approx(7 / 9), 1.0]
     assert scores("diversity", "The the cat sat", "x", "a a a") == [0.75, 0.0, pytest.approx(1 / 3)]
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,8 @@ class Threaded(Fake):
 
     def __call__(self, answers: Sequence[Answer]) -> Sequence[float]:
         self.barrier.wait(timeout=30)
+        if not any(a.text.startswith("bad") for a in answers):
+            time.sleep(0.3)  # a failure is there first
         return super().__call__(answers)
 
 

@@ -33,7 +33,7 @@ class Classifier(ModelScorer):
         measures="Whatever the classifier was trained to tell apart.",
         range=(0.0, 1.0),
         higher="more probably the label",
-        speed="tens of answers a second on a CPU, thousands on a GPU (100 M parameters)",
+        speed="a pass of the model an answer: slow on a CPU",
         licence="that of the model",
         offline="from a folder, or once the model is in the hub's cache; needs PyTorch",
     )

@@ -27,7 +27,7 @@ class Diversity(TextScorer):
         measures="Vocabulary used per window of words. Pulls against plain language; says nothing about sense.",
         range=(0.0, 1.0),
         higher="more different words",
-        speed="thousands of answers a second and core",
+        speed="fast: a formula",
         licence="our own code (Apache-2.0)",
         offline="yes",
     )

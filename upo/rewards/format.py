@@ -20,10 +20,11 @@ class Format(TextScorer):
     """1 for an answer that keeps a rule of form, else 0; an empty answer keeps none.
 
     rule:
-      complete    ends as a sentence does, or with a closed code block: it was not cut off
-      paragraph   a single paragraph without line breaks
-      list        at least two list items, bulleted or numbered
-      plain       no Markdown: no headings, bullets, tables, bold, code or links
+
+        complete    ends as a sentence does, or with a closed code block: it was not cut off
+        paragraph   a single paragraph without line breaks
+        list        at least two list items, bulleted or numbered
+        plain       no Markdown: no headings, bullets, tables, bold, code or links
     """
 
     rule: str = option("complete", choices=("complete", "paragraph", "list", "plain"))
@@ -34,7 +35,7 @@ class Format(TextScorer):
         measures="Whether an answer keeps a rule of form. Says nothing about what it says.",
         range=(0.0, 1.0),
         higher="the rule is kept",
-        speed="ten thousand answers a second and core",
+        speed="fast: a formula",
         licence="our own code (Apache-2.0)",
         offline="yes",
     )

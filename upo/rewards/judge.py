@@ -59,7 +59,7 @@ class Judge(TextScorer):
         measures="What the judge makes of the criterion. Judges favour length, their own style and the middle of the scale.",
         range=(0.0, 1.0),
         higher="rated better",
-        speed="`per_minute` answers a minute",
+        speed="slow: at most `per_minute` answers a minute",
         licence="terms of the service, or licence of the model that you serve",
         offline="no, unless the server runs on this machine",
     )

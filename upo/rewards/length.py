@@ -25,7 +25,7 @@ class Length(TextScorer):
         measures="Brevity, in words. Says nothing about what is left out.",
         range=(0.0, 1.0),
         higher="shorter",
-        speed="ten thousand answers a second and core",
+        speed="fast: a formula",
         licence="our own code (Apache-2.0)",
         offline="yes",
     )

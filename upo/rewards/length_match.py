@@ -13,7 +13,9 @@ from upo.rewards.english import words
 
 @dataclass(frozen=True)
 class LengthMatch(TextScorer):
-    """How close an answer's length comes to that of the row's chosen one: min(n, m) / max(n, m), with n words here and m in the chosen answer.
+    """How close an answer's length comes to that of the row's chosen one, in words.
+
+        min(n, m) / max(n, m),  n words here and m in the chosen answer
 
     1 for the chosen answer itself. Needs rows with one chosen answer: pairs, or groups in which one completion is labelled good.
     """
@@ -24,7 +26,7 @@ class LengthMatch(TextScorer):
         measures="Length relative to the chosen answer, in words. The chosen answer scores 1, so it agrees with the preference by construction.",
         range=(0.0, 1.0),
         higher="closer in length",
-        speed="ten thousand answers a second and core",
+        speed="fast: a formula",
         licence="our own code (Apache-2.0)",
         offline="yes",
     )

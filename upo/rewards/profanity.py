@@ -25,7 +25,7 @@ class Profanity(TextScorer):
         measures="Absence of offensive words. Weaker than toxicity: it does not see what is meant.",
         range=(0.0, 1.0),
         higher="cleaner",
-        speed="thousands of answers a second and core",
+        speed="fast: a linear model",
         licence="alt-profanity-check: MIT",
         offline="yes: the model comes with the package",
     )

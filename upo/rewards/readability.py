@@ -23,12 +23,13 @@ class Readability(TextScorer):
         R1 = clip((high - grade) / (high - low), 0, 1)
 
     grade, as a US school year:
-      flesch_kincaid   0.39 words/sentence + 11.8 syllables/word - 15.59
-      gunning_fog      0.4 (words/sentence + 100 long words/word); long: three syllables or more
-      smog             1.043 sqrt(30 long words/sentence) + 3.1291; meant for 30 sentences or more
-      coleman_liau     5.88 letters/word - 29.6 sentences/word - 15.8
-      ari              4.71 letters/word + 0.5 words/sentence - 21.43
-      consensus        textstat's text_standard, the paper's; needs textstat 0.7.4
+
+        flesch_kincaid   0.39 words/sentence + 11.8 syllables/word - 15.59
+        gunning_fog      0.4 (words/sentence + 100 long words/word); long: three syllables or more
+        smog             1.043 sqrt(30 long words/sentence) + 3.1291; meant for 30 sentences or more
+        coleman_liau     5.88 letters/word - 29.6 sentences/word - 15.8
+        ari              4.71 letters/word + 0.5 words/sentence - 21.43
+        consensus        textstat's text_standard, the paper's; needs textstat 0.7.4
 
     An answer of fewer than three different words, or mostly in another script than Latin, scores 0. Paper: UPO, section 4, with grades 4 and 9.
     """
@@ -43,7 +44,7 @@ class Readability(TextScorer):
         measures="Plain English by reading level. Says nothing about truth or helpfulness, and means nothing for other languages.",
         range=(0.0, 1.0),
         higher="easier to read",
-        speed="thousands of answers a second and core",
+        speed="fast: a formula",
         licence="published formulas, our own code (Apache-2.0); consensus: textstat (MIT)",
         offline="yes",
     )

@@ -27,7 +27,7 @@ class Repetition(TextScorer):
         measures="Freedom from repeated phrases within an answer. Long answers repeat more by nature; says nothing across answers.",
         range=(0.0, 1.0),
         higher="less repetition",
-        speed="ten thousand answers a second and core",
+        speed="fast: a formula",
         licence="our own code (Apache-2.0)",
         offline="yes",
     )

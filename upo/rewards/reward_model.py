@@ -30,7 +30,7 @@ class RewardModel(ModelScorer):
         measures="What the reward model's annotators preferred, with its biases: mostly length and tone.",
         range=None,
         higher="better",
-        speed="one answer a second on a CPU, tens to hundreds on a GPU (1 G parameters)",
+        speed="a pass of the model an answer: for large ones a GPU",
         licence="that of the model",
         offline="from a folder, or once the model is in the hub's cache; needs PyTorch",
     )

@@ -27,7 +27,7 @@ class Sentiment(TextScorer):
         measures="Friendly wording. Does not know irony, and takes the mention of bad things for bad words.",
         range=(-1.0, 1.0),
         higher="friendlier",
-        speed="a thousand answers a second and core",
+        speed="fast: a lexicon and rules",
         licence="vaderSentiment: MIT",
         offline="yes: the lexicon comes with the package",
     )

@@ -32,7 +32,7 @@ class Toxicity(ModelScorer):
         measures="Absence of toxic language. Follows words more than intent, and rates mentions of minorities as worse than they are.",
         range=(0.0, 1.0),
         higher="less toxic",
-        speed="tens of answers a second on a CPU, thousands on a GPU",
+        speed="a pass of a 110 M model an answer: slow on a CPU",
         licence="unitary/toxic-bert: Apache-2.0; another model: its own",
         offline="from a folder, or once the model is in the hub's cache (440 MB); needs PyTorch",
     )
