@@ -24,7 +24,7 @@ from upo.losses import FAMILIES, LOSSES, Auxiliary
 from upo.losses.base import NEEDS
 from upo.losses.options import defaults, ranges
 from upo.rewards import SCORERS, Scorer
-from upo.train.metrics import NAMES
+from upo.training.metrics import NAMES
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
@@ -55,7 +55,7 @@ In Python: `from upo import load_config, train; train(load_config("run.yaml", ["
 METRICS = """\
 # Numbers of a run
 
-<!-- Made by docs/generate.py from upo/train/metrics.py: change it there. -->
+<!-- Made by docs/generate.py from upo/training/metrics.py: change it there. -->
 
 `metrics.jsonl` has a line for each optimizer step and one for each evaluation, with what applies of these:
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fake_learner import pairs
 
 from upo.rewards import TextScorer
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 HELD_OUT = pairs(6, seed=1, name="held_out")
 

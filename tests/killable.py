@@ -88,13 +88,13 @@ def stretches(run: Path) -> list[tuple[int, int]]:
 
 # name -> (module, class or None, function, whether this call is one to die before)
 FAILPOINTS: dict[str, tuple[str, str | None, str, Any]] = {
-    "before a save": ("upo.train.run", "Run", "save", lambda *a, **k: True),
+    "before a save": ("upo.training.run", "Run", "save", lambda *a, **k: True),
     "in a save": ("upo.tensors", None, "write", lambda path, *a, **k: Path(path).name == "optimizer.safetensors"),  # the adapter is written
-    "after a save": ("upo.train.run", "Run", "prune", lambda *a, **k: True),
+    "after a save": ("upo.training.run", "Run", "prune", lambda *a, **k: True),
     "in the reference pass": ("LEARNER", "", "logps", lambda *a, reference=None, **k: reference is not None),
     "in evaluation": ("LEARNER", "", "score", lambda *a, **k: True),
     "in the result": ("upo.adapters", None, "write_adapter", lambda folder, *a, **k: Path(folder).name == "adapter"),
-    "in the metrics": ("upo.train.run", "Run", "append", lambda *a, **k: True),
+    "in the metrics": ("upo.training.run", "Run", "append", lambda *a, **k: True),
 }
 
 
@@ -117,8 +117,8 @@ def arm(fail: str, nth: int, backend: str) -> None:
 
 def run(job: dict[str, Any], backend: str, pipe: int) -> None:
     from upo.config import load_config
-    from upo.train.loop import train
-    from upo.train.reporter import Silent
+    from upo.training.loop import train
+    from upo.training.reporter import Silent
 
     infos: list[str] = []
     reporter = Silent()
@@ -140,7 +140,7 @@ def serve(backend: str) -> None:
     import conftest  # noqa: F401  (one thread, a fast BLAS, no network)
 
     preload = {"torch": ["transformers.models.llama.modeling_llama"], "mlx": ["transformers.models.llama.configuration_llama", "mlx_lm.models.llama", "mlx_lm.utils"]}
-    for module in (f"upo_{backend}.step", "upo.train.session", "upo.rewards.length", "transformers.models.auto.tokenization_auto", *preload[backend]):
+    for module in (f"upo_{backend}.step", "upo.training.session", "upo.rewards.length", "transformers.models.auto.tokenization_auto", *preload[backend]):
         importlib.import_module(module)
     for line in sys.stdin:
         job, (read, write) = json.loads(line), os.pipe()

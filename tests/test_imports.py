@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,7 @@ def test_public_names():
     assert upo.__all__ == sorted(upo.__all__)
     for name in upo.__all__:
         assert getattr(upo, name) is not None
+        assert find_spec(f"upo.{name}") is None, f"importing the module upo.{name} would put it in the place of upo.{name}"
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         upo.nope  # noqa: B018
 

@@ -12,7 +12,7 @@ from upo_run import Listener, configuration
 from upo import load_config
 from upo.backend import get_backend
 from upo.data.batch import Batch
-from upo.train.session import Session
+from upo.training.session import Session
 
 KTO = "objective={preference: {loss: kto, beta: 0.1}}"
 UPO = "objective={preset: upo, auxiliary: {rewards: [{scorer: length}]}}"

@@ -8,9 +8,9 @@ from typing import Any
 from stopwatch import Stopwatch, contend
 
 from upo import load_config
-from upo.train.loop import train
-from upo.train.prepare import prepare
-from upo.train.reporter import Silent
+from upo.training.loop import train
+from upo.training.prepare import prepare
+from upo.training.reporter import Silent
 
 
 class Listener(Silent):

@@ -17,7 +17,7 @@ from upo.data.tokenizer import load_tokenizer
 from upo.errors import DataError
 from upo.targets import fresh_arrays
 from upo.tensors import read_header
-from upo.train.reporter import Reporter, Silent
+from upo.training.reporter import Reporter, Silent
 
 ROWS = Path(__file__).parents[2].parent / "shared" / "data" / "hh_harmless.jsonl"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

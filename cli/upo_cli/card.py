@@ -28,7 +28,7 @@ def card(run: Path, out: Path | None, base: str | None, license: str | None, for
     from upo.report.card import base_model
     from upo.report.card import card as write
     from upo.report.read import read_run
-    from upo.train.files import write_text, writing
+    from upo.training.files import write_text, writing
 
     told = read_run(run)
     text = write(told, base, license)

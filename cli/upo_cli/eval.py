@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from upo.evaluation.goals import Goal, Question
     from upo.evaluation.judge import Judge
     from upo.evaluation.target import Target
-    from upo.train.reporter import Reporter
+    from upo.training.reporter import Reporter
 
 ROWS = (("accuracy", "preference accuracy", ".3f"), ("margin", "margin", ".4f"), ("kl", "KL to the reference, nats", ".3f"), ("perplexity", "perplexity on chosen", ".2f"))
 STYLE = (("words", "words per answer", ".1f"), ("repetition", "repeated word trigrams", ".1%"), ("empty", "empty answers", "d"))
@@ -215,7 +215,7 @@ def _questions(file: Path, tokenizer: Any, control: Control | None) -> list[Ques
 
 def _write(out: Path, result: Mapping[str, Any], reporter: Reporter) -> None:
     from upo.errors import RunError
-    from upo.train.files import write_text
+    from upo.training.files import write_text
 
     replaced = out.exists()
     try:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from upo.config import RewardConfig
     from upo.data.read import Record
     from upo.data.rows import Row
-    from upo.train.reporter import Reporter
+    from upo.training.reporter import Reporter
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 LAYOUTS = ("auto", "preference", "unpaired", "transcript", "group")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from upo.train.reporter import Reporter, Silent
+from upo.training.reporter import Reporter, Silent
 from upo_cli.options import rank
 
 # metric, label, format: the few numbers worth a glance; all of them are in metrics.jsonl

@@ -10,7 +10,7 @@ import click
 
 from upo.backend import get_backend
 from upo.config import RunConfig, load_config
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 from upo_cli.options import allow_code_option, backend_option, echo_json, echo_table, json_option, quiet_option, rank
 from upo_cli.progress import duration, number, reporting
 
@@ -73,11 +73,11 @@ def train(
     with reporting(quiet) as reporter:
         _say_ignored(run, resume, reporter)
         if dry_run:
-            from upo.train.plan import plan
+            from upo.training.plan import plan
 
             result = plan(run, allow_code=allow_code, reporter=reporter)
         else:
-            from upo.train.loop import train as run_training
+            from upo.training.loop import train as run_training
 
             get_backend(run.backend)  # a missing one is said before the data is read and scored
             reporter.info(f"Run folder: {out}")

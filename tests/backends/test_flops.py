@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import upo_torch  # noqa: E402
 from upo.data.batch import Example, collate  # noqa: E402
 from upo.flops import backward_flops, forward_flops  # noqa: E402
-from upo.train.work import forest_work  # noqa: E402
+from upo.training.work import forest_work  # noqa: E402
 
 
 class Products(TorchDispatchMode):

@@ -18,8 +18,8 @@ pytest.importorskip("torch", reason="the hop needs both backends: torch is not i
 pytest.importorskip("mlx.core", reason="the hop needs both backends: mlx is not installed")
 
 from upo.config import load_config
-from upo.train.loop import train
-from upo.train.reporter import Silent
+from upo.training.loop import train
+from upo.training.reporter import Silent
 
 STEPS, ROWS, BATCH = 30, 14, 4  # 4 steps an epoch, so that steps 10 and 19 are within one
 OPTIMIZERS = {"adamw": {"name": "adamw", "lr": 2e-3}, "rmsprop": {"name": "rmsprop", "lr": 3e-4}}

@@ -24,8 +24,8 @@ from upo.data.forest import Forest
 from upo.data.load import load_data
 from upo.data.tokenizer import load_tokenizer
 from upo.losses import LOSSES
-from upo.train.reporter import Silent
-from upo.train.session import Session
+from upo.training.reporter import Silent
+from upo.training.session import Session
 
 STEPS, ROWS = 20, 4
 OPTIONS: dict[str, dict[str, Any]] = {"sppo": {"targets": "column"}, "simpo": {"gamma_beta_ratio": 0.1}}

@@ -13,9 +13,9 @@ from learner_runs import UPO, configure, examples
 from upo.backend import get_backend
 from upo.data.batch import collate, micro_batches
 from upo.learner import partners_of
-from upo.train.metrics import evaluate
-from upo.train.reference import with_reference
-from upo.train.reporter import Silent
+from upo.training.metrics import evaluate
+from upo.training.reference import with_reference
+from upo.training.reporter import Silent
 
 LIMIT = 60  # cuts eight rows into several micro-batches in any layout
 KTO, DPO, AOT = ({"preference": {"loss": name}} for name in ("kto", "dpo", "aot"))

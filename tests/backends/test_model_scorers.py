@@ -16,7 +16,7 @@ from conftest import write_tokenizer  # noqa: E402
 
 from upo.errors import BackendError, ConfigError, ModelError  # noqa: E402
 from upo.rewards import Answer, build_scorer  # noqa: E402
-from upo.train.reporter import Silent  # noqa: E402
+from upo.training.reporter import Silent  # noqa: E402
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "you", "are", "a", "kind", "nasty", "person", "what", "is", "it"]
 TOXIC = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]  # those of unitary/toxic-bert

@@ -107,7 +107,7 @@ def test_real_model_logps(smollm2, harmless_pairs):
     """SmolLM2-135M on 16 real pairs: 3e-5 nats per token and 5e-3 per completion between the backends."""
     from upo.data.load import load_data
     from upo.data.tokenizer import load_tokenizer
-    from upo.train.reporter import Silent
+    from upo.training.reporter import Silent
 
     found = {}
     for backend in ("torch", "mlx"):

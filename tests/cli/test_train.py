@@ -16,7 +16,7 @@ from upo_cli.progress import PlainReporter, RichReporter, duration, line, number
 
 from upo import backend
 from upo.config import RunConfig
-from upo.train.reporter import Reporter, Silent
+from upo.training.reporter import Reporter, Silent
 
 SUMMARY = {
     "rows": 1038,
@@ -54,7 +54,7 @@ class Fake:
 @pytest.fixture
 def loop(monkeypatch, tmp_path):
     fake = Fake()
-    for name, attribute in (("upo.train.loop", "train"), ("upo.train.plan", "plan")):
+    for name, attribute in (("upo.training.loop", "train"), ("upo.training.plan", "plan")):
         module = types.ModuleType(name)
         setattr(module, attribute, getattr(fake, attribute))
         monkeypatch.setitem(sys.modules, name, module)

@@ -15,10 +15,10 @@ import pytest
 from fake_learner import UPO, FakeLearner, Rows, configure, pairs
 
 from upo.errors import RunError, UpoError
-from upo.train.checkpoint import FILES, read_checkpoint, seal, write_checkpoint
-from upo.train.reporter import Recorder, Silent
-from upo.train.run import Run
-from upo.train.session import Session
+from upo.training.checkpoint import FILES, read_checkpoint, seal, write_checkpoint
+from upo.training.reporter import Recorder, Silent
+from upo.training.run import Run
+from upo.training.session import Session
 
 SECONDS = {"reference": 1.0, "train": 2.0, "total": 4.0}
 LOSSES = {"0.bco.delta": np.array(0.25), "1.alpha_dpo.mean": np.array([0.1, 1 / 3], np.float64)}

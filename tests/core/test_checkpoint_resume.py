@@ -17,11 +17,11 @@ from fake_learner import UPO, A, FakeLearner, Rows, configure, pairs
 
 from upo.config import RunConfig, load_config
 from upo.errors import ConfigError, RunError
-from upo.train.checkpoint import read_checkpoint, seal
-from upo.train.reporter import Silent
-from upo.train.run import Run
-from upo.train.schedule import lr_at
-from upo.train.session import Session
+from upo.training.checkpoint import read_checkpoint, seal
+from upo.training.reporter import Silent
+from upo.training.run import Run
+from upo.training.schedule import lr_at
+from upo.training.session import Session
 
 TIMES = ("rows_per_s", "tokens_per_s", "seconds", "peak_memory_gb", "mfu")
 KTO = {"preference": {"loss": "kto"}}
@@ -128,11 +128,11 @@ def test_model_order_and_start_adapter(tmp_path, monkeypatch):
     config, out = configure(KTO), tmp_path / "run"
     stopped(config, out)
     refused(r"contents of model are not.*\(model: w0 in the run, other now\)", config, out, learner=FakeLearner(config, weights="other"))
-    monkeypatch.setattr("upo.train.identity.epoch_order", lambda n, seed, epoch: np.arange(n))  # a version that orders rows otherwise
+    monkeypatch.setattr("upo.training.identity.epoch_order", lambda n, seed, epoch: np.arange(n))  # a version that orders rows otherwise
     refused(r"contents of order are not", config, out)
     monkeypatch.undo()
     monkeypatch.setenv("UPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("upo.train.prepare.assign_partners", lambda rows, seed, longest: [replace(e, partners=e.completions) for e in rows])
+    monkeypatch.setattr("upo.training.prepare.assign_partners", lambda rows, seed, longest: [replace(e, partners=e.completions) for e in rows])
     refused(r"contents of order are not", config, out)
 
 

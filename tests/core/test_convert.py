@@ -167,7 +167,7 @@ def test_what_a_run_can_start_from(tmp_path: Path) -> None:
 
 
 def test_a_run_and_its_checkpoints(tmp_path: Path) -> None:
-    from upo.train.checkpoint import write_checkpoint
+    from upo.training.checkpoint import write_checkpoint
 
     run = tmp_path / "run"
     source = peft_folder(run / "adapter")

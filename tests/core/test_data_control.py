@@ -12,7 +12,7 @@ from upo.data.control import Control
 from upo.data.load import load_data
 from upo.data.tokenizer import load_tokenizer
 from upo.errors import ConfigError, DataError
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}.", "label": i % 2 == 0} for i in range(6)]
 

@@ -10,7 +10,7 @@ import pytest
 from upo.backend import Sampling
 from upo.evaluation.answers import repetition, sample, style, whole_sentences
 from upo.evaluation.change import change, interval
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 
 def test_repetition_counts_trigrams_seen_before() -> None:

@@ -10,7 +10,7 @@ from evaluation_cases import Listener
 from upo.errors import ConfigError, UpoError
 from upo.evaluation.judge import PythonJudge, ScorerJudge, win_rate
 from upo.rewards.length import Length
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 PROMPTS = ["p", "q"]
 BEFORE, AFTER = [["b1", "b2"], ["b3", "b4"]], [["a1", "a2"], ["a3", "a4"]]

@@ -19,9 +19,9 @@ from upo.errors import ConfigError, RunError, UpoError
 from upo.evaluation.goals import Fresh, Goal, questions_of, score_answers
 from upo.rewards.length import Length
 from upo.sampling import uniforms
-from upo.train.keep import Metric, Watch
-from upo.train.reporter import Silent
-from upo.train.session import Session
+from upo.training.keep import Metric, Watch
+from upo.training.reporter import Silent
+from upo.training.session import Session
 
 LENGTH = {"scorer": "length", "low": 3, "high": 9}
 

@@ -18,8 +18,8 @@ from upo.evaluation.goals import Goal, questions_of
 from upo.evaluation.judge import ScorerJudge
 from upo.evaluation.run import Questions, evaluate_target, median_sample
 from upo.evaluation.target import target_of_model, target_of_run
-from upo.train.reporter import Silent
-from upo.train.session import Session
+from upo.training.reporter import Silent
+from upo.training.session import Session
 
 
 @pytest.fixture(autouse=True)

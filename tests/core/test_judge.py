@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from upo.errors import ConfigError, DataError, UpoError
 from upo.rewards import Answer, build_scorer, endpoint
 from upo.rewards.endpoint import Address, Endpoint, read_key
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 KEY = "sk-very-secret-0123456789"
 Reply = tuple[int, dict[str, str], bytes]

@@ -21,11 +21,11 @@ from upo import tensors
 from upo.adapters import read_adapter
 from upo.config import load_config
 from upo.errors import BackendError, ConfigError, DataError, ModelError, NonFiniteError, RunError
-from upo.train.checkpoint import seal
-from upo.train.metrics import NAMES
-from upo.train.prepare import prepare
-from upo.train.reporter import Silent
-from upo.train.session import Session
+from upo.training.checkpoint import seal
+from upo.training.metrics import NAMES
+from upo.training.prepare import prepare
+from upo.training.reporter import Silent
+from upo.training.session import Session
 
 KTO = {"preference": {"loss": "kto"}}
 
@@ -388,8 +388,8 @@ def test_ranks_stop_after_the_same_step(tmp_path):
 
         def __exit__(self, *_: Any) -> None: ...
 
-    from upo.train import loop
-    from upo.train.interrupt import Interrupt
+    from upo.training import loop
+    from upo.training.interrupt import Interrupt
 
     def agreed(self: Any, comm: Any) -> bool:
         self.steps += 1

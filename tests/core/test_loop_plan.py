@@ -12,8 +12,8 @@ from fake_learner import configure
 from upo import tensors
 from upo.errors import ConfigError, DataError
 from upo.memory import model_shapes
-from upo.train import plan as planning
-from upo.train.plan import plan
+from upo.training import plan as planning
+from upo.training.plan import plan
 
 ROWS = 20
 UPO = {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "length"}], "actor_warmup_steps": 1}}

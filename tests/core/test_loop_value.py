@@ -10,8 +10,8 @@ import pytest
 from fake_learner import UPO, FakeLearner, ThreadComm, configure, pairs
 
 from upo.errors import ModelError
-from upo.train.reporter import Silent
-from upo.train.value import fit_value
+from upo.training.reporter import Silent
+from upo.training.value import fit_value
 
 CONFIG = configure(UPO)
 ROWS = [replace(e, reward=(0.1 * i, 0.1 * i + 1)) for i, e in enumerate(pairs(9))]

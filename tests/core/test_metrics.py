@@ -15,9 +15,9 @@ from upo.data.batch import collate
 from upo.data.partners import assign_partners
 from upo.errors import NonFiniteError
 from upo.rewards import score_examples
-from upo.train.metrics import NAMES, evaluate, plain, step_metrics
-from upo.train.reference import with_reference
-from upo.train.reporter import Silent
+from upo.training.metrics import NAMES, evaluate, plain, step_metrics
+from upo.training.reference import with_reference
+from upo.training.reporter import Silent
 
 
 def batch_of(kind: str = "pair", **numbers):

@@ -14,7 +14,7 @@ from upo.config import load_config
 from upo.data.batch import Example
 from upo.errors import ConfigError, RunError
 from upo.rewards.normalise import KNOTS, fit
-from upo.train.session import Session
+from upo.training.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def run(out: Path, normalise: str = "zscore", resume: bool = False) -> tuple[Ses
 
 def test_held_out_rows_are_brought_to_the_scale_of_the_training_rows(tmp_path: Path) -> None:
     """mean 2, deviation sqrt(1/2); 4 is 2 sqrt(2) above it, 0 as much below and clipped. Saved in the manifest, exactly."""
-    from upo.train.inputs import read_inputs
+    from upo.training.inputs import read_inputs
 
     run(tmp_path / "run")
     (goal,) = json.loads((tmp_path / "run" / "manifest.json").read_text())["rewards"]

@@ -15,7 +15,7 @@ from upo.quickstart.pairs import Pair, choose_pairs, opens_with_comma
 from upo.quickstart.recipe import HELDOUT, TRAIN, prompts, recipe
 from upo.rewards.english import words
 from upo.rewards.readability import Readability
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 
 def pairs(split: str) -> list[Pair]:
@@ -33,8 +33,8 @@ def test_prompts_are_distinct_and_none_is_in_both_splits() -> None:
 
 def test_counts_and_prompts_of_the_pairs() -> None:
     train, held = pairs("train"), pairs("heldout")
-    assert (len(train), len(held)) == (120, 60)
-    assert (len({p.prompt for p in train}), len({p.prompt for p in held})) == (61, 30)
+    assert (len(train), len(held)) == (120, 80)
+    assert (len({p.prompt for p in train}), len({p.prompt for p in held})) == (61, 40)
     assert {p.prompt for p in train} <= set(prompts("train")) and {p.prompt for p in held} <= set(prompts("heldout"))
     texts = [t for p in train + held for t in (p.chosen, p.rejected)]
     assert len(set(texts)) == len(texts)  # the pairs are disjoint
@@ -79,7 +79,7 @@ def test_recipe_is_a_valid_configuration_with_its_places_filled() -> None:
     full = recipe("some/model")
     assert full.objective.auxiliary is not None
     assert (full.train.steps, full.train.batch_size, full.optimizer.lr, full.optimizer.warmup_steps) == (60, 4, 5e-4, 5)
-    assert (full.objective.auxiliary.gamma, full.objective.auxiliary.temperature, full.objective.auxiliary.actor_warmup_steps) == (3, 5, 0)
+    assert (full.objective.auxiliary.gamma, full.objective.auxiliary.temperature, full.objective.auxiliary.actor_warmup_steps) == (0.3, 5, 0)
     assert full.objective.preference[0].loss == "kto"
 
 

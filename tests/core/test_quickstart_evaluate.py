@@ -10,7 +10,7 @@ import pytest
 from upo.backend import Sampling
 from upo.quickstart import evaluate as ev
 from upo.quickstart.run import Clock, example, grade, readability
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 
 def test_measures_of_fixed_answers() -> None:

@@ -16,7 +16,7 @@ from upo.models import model_config
 from upo.quickstart import model as routes
 from upo.quickstart.gguf import convert, hf_name, unpermute
 from upo.tensors import read, read_header
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files written with the gguf package")
 

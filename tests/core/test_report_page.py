@@ -17,7 +17,7 @@ from upo.report import charts, figures
 from upo.report.evaluation import Interval
 from upo.report.page import HERE, render, write_report
 from upo.report.read import read_run
-from upo.train.inputs import Inputs, write_inputs
+from upo.training.inputs import Inputs, write_inputs
 
 
 def page(*folders) -> Page:

@@ -18,7 +18,7 @@ from upo.errors import ConfigError, DataError, UpoError
 from upo.rewards import SCORERS, Answer, Card, TextScorer, build_scorer, score_examples, validate_rewards
 from upo.rewards.english import sentences, syllables, words
 from upo.rewards.grades import flesch_kincaid
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless.jsonl"
 

@@ -12,12 +12,12 @@ import pytest
 from fake_learner import FakeLearner, configure
 
 from upo.errors import RunError
-from upo.train import files, inputs
-from upo.train.checkpoint import read_checkpoint, seal
-from upo.train.files import file_hash
-from upo.train.inputs import Inputs
-from upo.train.reporter import Recorder, Silent
-from upo.train.run import Run
+from upo.training import files, inputs
+from upo.training.checkpoint import read_checkpoint, seal
+from upo.training.files import file_hash
+from upo.training.inputs import Inputs
+from upo.training.reporter import Recorder, Silent
+from upo.training.run import Run
 
 MANIFEST = {"identity": {}, "steps": 9, "reference": {"keys": {}}, "sessions": []}
 SECONDS = {"reference": 1.0, "train": 2.0, "total": 4.0}
@@ -106,7 +106,7 @@ def test_an_interrupted_write_leaves_nothing_to_load(run, monkeypatch):
         if path.name == ".tmp-step-000010":  # all files are there, the rename is still to come
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("upo.train.checkpoint.sync", killed)
+    monkeypatch.setattr("upo.training.checkpoint.sync", killed)
     with pytest.raises(KeyboardInterrupt):
         save(run, 10)
     monkeypatch.undo()
@@ -206,8 +206,8 @@ def test_a_process_that_ended_while_it_made_the_folder(tmp_path, monkeypatch, wr
 
     for name in ("touch", "mkdir"):
         monkeypatch.setattr(f"pathlib.Path.{name}", dying(getattr(type(tmp_path), name)))
-    monkeypatch.setattr("upo.train.run.write_text", dying(files.write_text))
-    monkeypatch.setattr("upo.train.inputs.write_inputs", dying(inputs.write_inputs))
+    monkeypatch.setattr("upo.training.run.write_text", dying(files.write_text))
+    monkeypatch.setattr("upo.training.inputs.write_inputs", dying(inputs.write_inputs))
     with pytest.raises(Killed):
         run.create("model: fake\n", MANIFEST, Inputs())
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from upo.config import OptimizerConfig
-from upo.train.schedule import lr_at
+from upo.training.schedule import lr_at
 
 
 def rates(schedule: str, warmup: int, total: int) -> list[float]:

@@ -19,7 +19,7 @@ from upo.errors import DataError, UpoError
 from upo.rewards import Answer, Card, TextScorer, build_scorer, workers
 from upo.rewards.base import Ready
 from upo.rewards.cache import RewardCache
-from upo.train.reporter import Silent
+from upo.training.reporter import Silent
 
 
 @pytest.fixture(autouse=True)

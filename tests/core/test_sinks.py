@@ -14,9 +14,9 @@ import pytest
 from fake_learner import FakeLearner, Rows, configure, pairs
 
 from upo.errors import ConfigError
-from upo.train.reporter import Silent
-from upo.train.session import Session
-from upo.train.sinks import numbers
+from upo.training.reporter import Silent
+from upo.training.session import Session
+from upo.training.sinks import numbers
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def test_trackers_may_change_when_a_run_is_resumed(tmp_path, tracker):
 
 def test_a_package_that_is_missing_is_refused_before_anything_is_written(tmp_path, tracker, monkeypatch):
     monkeypatch.delitem(sys.modules, tracker.__name__)
-    monkeypatch.setattr("upo.train.sinks.find_spec", lambda name: None)
+    monkeypatch.setattr("upo.training.sinks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf'log.{tracker.__name__}: the package {tracker.__name__} is not installed: pip install "upo\[{tracker.__name__}\]"'):
         session(config_for(tracker), tmp_path / "run")
     assert not (tmp_path / "run").exists()

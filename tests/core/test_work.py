@@ -16,7 +16,7 @@ from upo.data.partners import assign_partners
 from upo.data.two_phase import two_phase
 from upo.flops import Sizes, Work, backward_flops, forward_flops, peak_flops, sizes_of
 from upo.learner import partners_of, parts_of
-from upo.train.work import averages, batch_work, evaluation_work, figures, forest_work
+from upo.training.work import averages, batch_work, evaluation_work, figures, forest_work
 
 LAYOUTS = ("padded", "packed", "two_phase")
 

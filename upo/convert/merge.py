@@ -21,7 +21,7 @@ from upo.convert.run import FORMATS, find, kind_of
 from upo.errors import ModelError, RunError, UpoError
 from upo.models import model_config, read_json, resolve, weights_hash
 from upo.repair import CLOSED_TO_MLX, WRONG_ON_MLX
-from upo.train.files import check_writable, writing
+from upo.training.files import check_writable, writing
 
 GROUP = 64  # inputs that share a scale when mlx-lm quantises, its own default
 TRANSPOSED = ("gpt2",)  # weights [in, out] on disk

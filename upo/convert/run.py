@@ -19,7 +19,7 @@ from upo.convert.files import CONFIG, Files, read_files, write_files
 from upo.convert.verify import Verdict, verify
 from upo.errors import ModelError, RunError, UpoError
 from upo.models import read_json, resolve
-from upo.train.checkpoint import read_checkpoint
+from upo.training.checkpoint import read_checkpoint
 
 FORMATS: dict[str, ModuleType] = {"peft": peft, "mlx": mlx_lm, "upo": peft}
 # Frobenius, relative, per module: one float32 rounding of B; two roundings (A and B) of 16-bit floats.

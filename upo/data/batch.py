@@ -103,8 +103,7 @@ class Batch:
     def select(self, rows: Sequence[int]) -> tuple[Batch, Places]:
         """The micro-batch of the given rows, with the whole step's counts, and its places in this batch."""
         forest, kept = self.forest.select(rows)
-        new = {int(old): i for i, old in enumerate(kept)}
-        pairs = [(new[int(c)], new[int(r)]) for c, r in zip(self.chosen, self.rejected, strict=True) if int(c) in new]
+        mine = np.isin(self.chosen, kept)
         ends = np.cumsum(self.forest.lengths)
         tokens = np.concatenate([np.arange(ends[i] - self.forest.lengths[i], ends[i]) for i in kept] or [np.zeros(0, np.int64)])
         places = Places(np.array(rows, np.int64), kept, tokens)
@@ -115,8 +114,8 @@ class Batch:
             origins=tuple(self.origins[r] for r in rows),
             forest=forest,
             label=self.label[kept],
-            chosen=np.array([c for c, _ in pairs], np.int64),
-            rejected=np.array([r for _, r in pairs], np.int64),
+            chosen=np.searchsorted(kept, self.chosen[mine]),
+            rejected=np.searchsorted(kept, self.rejected[mine]),
             columns={name: column[kept] for name, column in self.columns.items()},
             reward=part(self.reward),
             quantile=part(self.quantile),

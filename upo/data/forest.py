@@ -35,9 +35,11 @@ class Forest:
 
     def select(self, prompts: Sequence[int]) -> tuple[Forest, np.ndarray]:
         """The sub-forest of the given prompts, in their order, and the indices [n] of its completions in this forest."""
-        where = {p: i for i, p in enumerate(prompts)}
-        kept = np.array([i for i, p in enumerate(self.owner) if int(p) in where], np.int64)
-        owner = np.array([where[int(self.owner[i])] for i in kept], np.int64)
+        where = np.full(len(self.prompts), -1)
+        where[list(prompts)] = np.arange(len(prompts))
+        owner = where[self.owner.astype(np.int64)]
+        kept = np.flatnonzero(owner >= 0)
+        owner = owner[kept]
         return Forest(tuple(self.prompts[p] for p in prompts), tuple(self.completions[i] for i in kept), owner), kept
 
 

@@ -18,7 +18,7 @@ from upo.data.rows import Rows, parse_rows
 from upo.data.split import prompt_key, split_by_prompt
 from upo.data.tokenizer import Tokenizer
 from upo.errors import DataError
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 Source = str | Iterable[Mapping[str, Any]]
 

@@ -11,7 +11,7 @@ import numpy as np
 from upo.backend import Learner, Sampling
 from upo.data.forest import Tokens
 from upo.data.tokenizer import Tokenizer
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 Answers = list[list[str]]  # [prompts][samples]
 _END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")

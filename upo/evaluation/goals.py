@@ -16,7 +16,7 @@ from upo.data.tokenizer import Tokenizer
 from upo.errors import ConfigError, UpoError
 from upo.evaluation.answers import read, repetition
 from upo.rewards import Answer, Scorer, TextScorer, validate_rewards
-from upo.train.reporter import Reporter, WarningsOnly
+from upo.training.reporter import Reporter, WarningsOnly
 
 NAME = "goal/"  # a goal's name among the metrics
 

@@ -14,9 +14,9 @@ from upo.errors import NonFiniteError
 from upo.learner import scores_of
 from upo.losses import DPO, Loss
 from upo.sharing import row_of
-from upo.train.metrics import bad_rows, credit, margins, name_rows, score_metrics
-from upo.train.reference import with_reference
-from upo.train.reporter import Reporter
+from upo.training.metrics import bad_rows, credit, margins, name_rows, score_metrics
+from upo.training.reference import with_reference
+from upo.training.reporter import Reporter
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from upo.evaluation.answers import Answers
 from upo.evaluation.change import interval
 from upo.rewards import Answer, Scorer
 from upo.rewards.python import Python
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 TIE = None
 Verdict = int | None  # 0: the first answer is better, 1: the second, None: neither

@@ -18,7 +18,7 @@ from upo.evaluation.goals import Goal, Question, score_answers
 from upo.evaluation.heldout import HeldOut
 from upo.evaluation.judge import Judge, win_rate
 from upo.evaluation.target import Target
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 METRICS = ("accuracy", "margin", "kl", "perplexity")  # of the held-out rows
 

@@ -15,9 +15,9 @@ from upo.adapters import read_adapter
 from upo.backend import Learner
 from upo.config import RunConfig, load_config
 from upo.errors import ModelError, RunError
-from upo.train.checkpoint import read_checkpoint
-from upo.train.reporter import Reporter
-from upo.train.run import Run
+from upo.training.checkpoint import read_checkpoint
+from upo.training.reporter import Reporter
+from upo.training.run import Run
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from upo.backend import Learner, Sampling
 from upo.data.tokenizer import Tokenizer
 from upo.evaluation.answers import Answers, sample, style
 from upo.evaluation.change import change
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 SAMPLING = Sampling(max_tokens=48, temperature=0.7, top_p=0.95, seed=0, batch_size=80)
 SAMPLES = 8

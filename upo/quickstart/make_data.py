@@ -24,12 +24,12 @@ from upo.quickstart.pairs import Pair, choose_pairs
 from upo.quickstart.recipe import HERE, prompts, recipe
 from upo.rewards.english import words
 from upo.rewards.readability import Readability
-from upo.train.reporter import Reporter, Silent
+from upo.training.reporter import Reporter, Silent
 
 SAMPLING = Sampling(max_tokens=48, temperature=0.8, top_p=0.95, seed=10_000, batch_size=80)
 CHUNK = 5  # prompts sampled at once
 SHORTEST = 5  # words
-PAIRS = {"train": (120, 2), "heldout": (60, 2)}  # at most: how many, and how many of each prompt
+PAIRS = {"train": (120, 2), "heldout": (80, 2)}  # at most: how many, and how many of each prompt
 SAMPLES = 16  # to each prompt
 
 

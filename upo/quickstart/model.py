@@ -18,7 +18,7 @@ from pathlib import Path
 from upo.cache import cache_dir
 from upo.errors import ModelError
 from upo.quickstart.gguf import convert
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 REPOSITORY, REVISION = "HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 FILES = ["*.json", "model.safetensors", "*.jinja"]

@@ -19,8 +19,8 @@ from upo.quickstart.recipe import prompts, recipe
 from upo.report.page import write_report
 from upo.rewards.grades import flesch_kincaid
 from upo.rewards.readability import Readability
-from upo.train.reporter import Reporter
-from upo.train.session import Session
+from upo.training.reporter import Reporter
+from upo.training.session import Session
 
 REPORT = "report.html"
 

@@ -14,8 +14,8 @@ from upo.config import PreferenceConfig
 from upo.report.evaluation import Goal, Interval
 from upo.report.plain import Portable, clean, mapping, number
 from upo.report.read import Told
-from upo.train.inputs import read_inputs
-from upo.train.manifest import cut_sessions, done_by
+from upo.training.inputs import read_inputs
+from upo.training.manifest import cut_sessions, done_by
 
 # label, before-and-after format, for what is measured beside the goals
 MEASURES = {
@@ -29,7 +29,7 @@ MEASURES = {
     "empty": ("empty answers", ".0f"),
 }
 HELD_OUT = ("accuracy", "margin", "kl", "perplexity", "loss")  # of the evaluation lines, where no answers were sampled
-# of summary.json, see upo.train.metrics.NAMES
+# of summary.json, see upo.training.metrics.NAMES
 WORK = (
     ("tokens_per_s", "tokens per second of the steps", ",.0f"),
     ("shared_tokens", "tokens of prompts that were shared, not computed again", ".1%"),

@@ -13,7 +13,7 @@ from upo.report import charts, facts
 from upo.report.charts import Line, Point
 from upo.report.plain import clean, number
 from upo.report.read import Told
-from upo.train.metrics import NAMES
+from upo.training.metrics import NAMES
 
 MAIN = ("loss", "accuracy", "margin", "kl")  # curves in sight; the others are folded away
 SAMPLED = "mean score of this goal on answers sampled to held-out prompts while it trained"

@@ -19,8 +19,8 @@ from upo.errors import RunError
 from upo.report import facts, figures
 from upo.report.plain import clean, mapping
 from upo.report.read import Told, read_run
-from upo.train.files import check_writable, write_text, writing
-from upo.train.identity import flatten
+from upo.training.files import check_writable, write_text, writing
+from upo.training.identity import flatten
 
 HERE = Path(__file__).parent
 MARK = '<meta name="generator" content="upo'  # of a file that may be made anew

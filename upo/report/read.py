@@ -13,8 +13,8 @@ from upo.errors import ConfigError, RunError
 from upo.report.evaluation import Evaluation, read_evaluation
 from upo.report.plain import clean, mapping, number
 from upo.rewards import SCORERS, unique_label
-from upo.train.manifest import is_manifest
-from upo.train.run import CONTENTS, Run
+from upo.training.manifest import is_manifest
+from upo.training.run import CONTENTS, Run
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from upo.errors import ConfigError
 from upo.losses.options import check_options
 from upo.rewards.scoring import score_texts
 from upo.rewards.workers import WORTH_IT, cores, workers
-from upo.train.reporter import Reporter, Silent
+from upo.training.reporter import Reporter, Silent
 
 
 @dataclass(frozen=True)

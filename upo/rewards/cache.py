@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from upo.cache import cache_dir
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 
 class RewardCache:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from upo.errors import ConfigError, DataError, did_you_mean
 from upo.losses.options import option
 from upo.rewards.base import Answer, Card, Scorer
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from upo.errors import BackendError, DataError
 from upo.losses.options import option
 from upo.models import resolve, weights_hash
 from upo.rewards.base import Answer, Card, Ready, TextScorer
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 if TYPE_CHECKING:
     from upo.backend import Learner
@@ -66,7 +66,7 @@ class Implicit(TextScorer):
             raise BackendError("scorer implicit cannot score within a run of several processes. Score the data first, with `upo score`, and use its column.")
 
     def identity(self) -> str:
-        from upo.train.reference import adapter_hash
+        from upo.training.reference import adapter_hash
 
         return f"{super().identity()} {weights_hash(self._folder)} {adapter_hash(self.adapter)}"
 

@@ -13,7 +13,7 @@ from upo.errors import ConfigError, DataError
 from upo.losses.options import option
 from upo.rewards.base import Answer, Card, Ready, TextScorer
 from upo.rewards.endpoint import Address, Endpoint, read_key
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 INSTRUCTION = """\
 You rate an answer that an assistant gave. You are given JSON with the "conversation" so far and the "answer". Both are material to judge: \

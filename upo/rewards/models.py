@@ -14,7 +14,7 @@ from upo.errors import BackendError
 from upo.losses.options import option
 from upo.models import resolve, weights_hash
 from upo.rewards.base import Answer, Ready, TextScorer
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from upo.errors import DataError, UpoError
 from upo.rewards.cache import RewardCache
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 if TYPE_CHECKING:
     from upo.rewards.base import Answer, Ready, TextScorer

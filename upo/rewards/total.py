@@ -15,7 +15,7 @@ from upo.errors import ConfigError, DataError
 from upo.rewards.base import Answer, Scorer
 from upo.rewards.normalise import Normaliser, fit
 from upo.rewards.registry import build_scorer, unique_label
-from upo.train.reporter import Reporter, Silent
+from upo.training.reporter import Reporter, Silent
 
 if TYPE_CHECKING:
     from upo.config import RewardConfig

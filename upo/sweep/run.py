@@ -14,12 +14,12 @@ from upo.errors import RunError, UpoError
 from upo.evaluation.goals import goals_of
 from upo.sweep.front import pareto_front
 from upo.sweep.points import Point, Sweep
-from upo.train.files import check_writable, write_text, writing
-from upo.train.identity import flatten, is_free
-from upo.train.keep import HIGHER
-from upo.train.loop import train
-from upo.train.reporter import Reporter, Silent
-from upo.train.run import Run
+from upo.training.files import check_writable, write_text, writing
+from upo.training.identity import flatten, is_free
+from upo.training.keep import HIGHER
+from upo.training.loop import train
+from upo.training.reporter import Reporter, Silent
+from upo.training.run import Run
 
 Train = Callable[..., dict[str, Any]]
 FILE = "sweep.json"

@@ -12,13 +12,13 @@ import numpy as np
 
 from upo import adapters
 from upo.errors import RunError
-from upo.train import inputs as inputs_file
-from upo.train.checkpoint import Checkpoint, State, checkpoint_name, read_checkpoint, write_checkpoint
-from upo.train.files import check_writable, sync, write_text, writing
-from upo.train.inputs import Inputs
-from upo.train.manifest import is_manifest, strict_json
-from upo.train.metrics import plain
-from upo.train.reporter import Reporter
+from upo.training import inputs as inputs_file
+from upo.training.checkpoint import Checkpoint, State, checkpoint_name, read_checkpoint, write_checkpoint
+from upo.training.files import check_writable, sync, write_text, writing
+from upo.training.inputs import Inputs
+from upo.training.manifest import is_manifest, strict_json
+from upo.training.metrics import plain
+from upo.training.reporter import Reporter
 
 CONTENTS = ("config.yaml", "manifest.json", "inputs.safetensors", "metrics.jsonl", "summary.json", "checkpoints", "adapter")
 LEFTOVERS = (".tmp-*", ".adapter.*", ".inputs.safetensors.*")  # of a write that was interrupted

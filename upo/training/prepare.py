@@ -15,9 +15,9 @@ from upo.data.tokenizer import Tokenizer, load_tokenizer
 from upo.losses import Objective
 from upo.models import resolve
 from upo.rewards import Goal, score_examples, validate_rewards
-from upo.train.checks import check_length, check_rows
-from upo.train.reference import check_reference
-from upo.train.reporter import Reporter
+from upo.training.checks import check_length, check_rows
+from upo.training.reference import check_reference
+from upo.training.reporter import Reporter
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from upo.config import LogConfig, TrackerConfig
 from upo.errors import ConfigError
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 
 class Sink(Protocol):

@@ -15,9 +15,9 @@ from upo.data.batch import Example, collate, micro_batches
 from upo.data.forest import padded_size
 from upo.errors import BackendError, ConfigError, did_you_mean
 from upo.memory import Estimate, Shapes, choose_recomputing, estimate, largest, model_shapes
-from upo.train.prepare import Prepared, prepare
-from upo.train.reference import pass_size
-from upo.train.reporter import Reporter, Silent
+from upo.training.prepare import Prepared, prepare
+from upo.training.reference import pass_size
+from upo.training.reporter import Reporter, Silent
 
 
 def plan(config: RunConfig, *, allow_code: bool = False, reporter: Reporter | None = None) -> dict[str, Any]:

@@ -18,21 +18,21 @@ from upo.data.control import Control
 from upo.errors import ConfigError, RunError
 from upo.evaluation.goals import Fresh, goals_of, questions_of
 from upo.sharing import row_of
-from upo.train.checkpoint import Checkpoint
-from upo.train.identity import check_config, check_identity, differences, position, run_identity, with_keys
-from upo.train.inputs import Inputs, inputs_of, read_inputs
-from upo.train.keep import watch_of
-from upo.train.loop import Loop, Progress
-from upo.train.manifest import cut_sessions, done_by, first_manifest, session_entry
-from upo.train.prepare import prepare
-from upo.train.prompts import with_embeddings
-from upo.train.reference import adapter_hash, cache_path, logps_of, pass_size, read_cached, reference_identity, with_reference
-from upo.train.reporter import Recorder, Reporter, Silent
-from upo.train.run import Run
-from upo.train.schedule import lr_at
-from upo.train.sinks import Sinks
-from upo.train.value import fit_value
-from upo.train.work import averages
+from upo.training.checkpoint import Checkpoint
+from upo.training.identity import check_config, check_identity, differences, position, run_identity, with_keys
+from upo.training.inputs import Inputs, inputs_of, read_inputs
+from upo.training.keep import watch_of
+from upo.training.loop import Loop, Progress
+from upo.training.manifest import cut_sessions, done_by, first_manifest, session_entry
+from upo.training.prepare import prepare
+from upo.training.prompts import with_embeddings
+from upo.training.reference import adapter_hash, logps_of, pass_size, reference_identity, with_reference
+from upo.training.reporter import Recorder, Reporter, Silent
+from upo.training.run import Run
+from upo.training.schedule import lr_at
+from upo.training.sinks import Sinks
+from upo.training.value import fit_value
+from upo.training.work import averages
 
 
 class Session:
@@ -228,7 +228,9 @@ class Session:
                 continue
             found = with_reference(self.config, self.learner, self.backend, rows, split, self.reporter)
             splits[split], keys[split] = found.examples, found.key
-            self.reporter.info(f"Reference ({split}): {pass_size(self.config, rows):,} completions {'from the cache' if found.cached else 'scored'}.")
+            size = pass_size(self.config, rows)
+            cached = f", the other {size - found.scored:,} from the cache" if 0 < found.scored < size else ""
+            self.reporter.info(f"Reference ({split}): {found.scored or size:,} completions {'scored' if found.scored else 'from the cache'}{cached}.")
         if "distance" in self.objective.needs:
             limit = self.config.train.micro_batch_tokens
             splits["train"], splits["eval"] = with_embeddings(self.learner, splits["train"], splits["eval"], limit, self.reporter)
@@ -245,7 +247,6 @@ class Session:
         if old is None:
             return
         before, now = self._noted.reference.get(split), self._inputs.reference[split]
-        before = read_cached(cache_path(old), len(now)) if before is None else before
         moved = float(np.max(np.abs(now - before), initial=0)) if before is not None and before.shape == now.shape else None
         if old != key or moved:
             why = "as backend, device or dtype changed" if old != key else "on a machine that rounds otherwise"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from upo.backend import Comm
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the second is what schedulers of clusters send before they kill
 FORWARDED = 5.0  # seconds in which a launcher (torchrun, mlx.launch) passes on to its ranks the Ctrl-C that the terminal sent them too

@@ -15,17 +15,17 @@ from upo.config import RunConfig
 from upo.data.batch import Batch, collate
 from upo.errors import NonFiniteError
 from upo.flops import Work
-from upo.train.checks import check_start
-from upo.train.identity import position
-from upo.train.interrupt import Interrupt
-from upo.train.keep import Watch
-from upo.train.metrics import evaluate, step_metrics
-from upo.train.prepare import Prepared
-from upo.train.reporter import Reporter
-from upo.train.run import Run
-from upo.train.schedule import lr_at
-from upo.train.sinks import Sinks
-from upo.train.work import batch_work, evaluation_work, figures
+from upo.training.checks import check_start
+from upo.training.identity import position
+from upo.training.interrupt import Interrupt
+from upo.training.keep import Watch
+from upo.training.metrics import evaluate, step_metrics
+from upo.training.prepare import Prepared
+from upo.training.reporter import Reporter
+from upo.training.run import Run
+from upo.training.schedule import lr_at
+from upo.training.sinks import Sinks
+from upo.training.work import batch_work, evaluation_work, figures
 
 HEAVY = 10.0  # a mean actor weight above this means that a few completions decide the step
 
@@ -40,7 +40,7 @@ def train(
     Raises an UpoError for bad input, before the model is loaded where that can be known; KeyboardInterrupt after Ctrl-C, with the state
     saved and the command to go on reported.
     """
-    from upo.train.session import Session  # it imports this module for the loop
+    from upo.training.session import Session  # it imports this module for the loop
 
     return Session(config, Path(out), resume=resume, reschedule=reschedule, allow_code=allow_code, reporter=reporter).run()
 

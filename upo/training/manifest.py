@@ -14,7 +14,7 @@ import numpy as np
 
 import upo
 from upo.backend import Learner
-from upo.train.prepare import Prepared
+from upo.training.prepare import Prepared
 
 PACKAGES = {"torch": ("torch", "transformers", "peft"), "mlx": ("mlx", "mlx-lm", "transformers")}
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from upo import adapters, tensors
 from upo.errors import RunError
-from upo.train.files import file_hash, sync, write_text
+from upo.training.files import file_hash, sync, write_text
 
 State = dict[str, dict[str, np.ndarray]]
 FORMAT = 1

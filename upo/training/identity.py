@@ -12,9 +12,9 @@ import numpy as np
 from upo.config import RunConfig
 from upo.data.order import epoch_order
 from upo.errors import RunError
-from upo.train.inputs import Inputs, rewards_difference, rows_difference
-from upo.train.prepare import Prepared
-from upo.train.reference import adapter_hash, reference_identity
+from upo.training.inputs import Inputs, rewards_difference, rows_difference
+from upo.training.prepare import Prepared
+from upo.training.reference import adapter_hash, reference_identity
 
 # Where and how fast a run computes, and what it writes: free to change when it is resumed.
 _COMPUTED = ("micro_batch_tokens", "gradient_checkpointing", "prefix_sharing", "memory_limit_gb", "cache_limit_gb", "wired_limit_gb")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from upo.backend import Learner
 from upo.data.batch import Example, collate
-from upo.train.prompts import prompt_states
-from upo.train.reporter import Reporter
+from upo.training.prompts import prompt_states
+from upo.training.reporter import Reporter
 
 
 def fit_value(learner: Learner, examples: list[Example], limit: int, reporter: Reporter) -> dict[str, float]:

@@ -48,7 +48,7 @@ def evaluation_work(batch: Batch, limit: int, ranks: int, info: ModelInfo) -> tu
 
 
 def figures(work: tuple[Work, Work], info: ModelInfo, seconds: float, ranks: int, *, trained: bool) -> dict[str, float | int]:
-    """`slots`, `padding`, `shared_tokens` and, where model and device are known, `mfu` (`upo.train.metrics.NAMES`)."""
+    """`slots`, `padding`, `shared_tokens` and, where model and device are known, `mfu` (`upo.training.metrics.NAMES`)."""
     own, partners = work
     both = own + partners
     found: dict[str, float | int] = {

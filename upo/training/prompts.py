@@ -11,7 +11,7 @@ from upo.backend import Learner
 from upo.data.batch import Example, collate, micro_batches
 from upo.data.forest import Forest
 from upo.errors import ModelError
-from upo.train.reporter import Reporter
+from upo.training.reporter import Reporter
 
 
 def prompt_states(learner: Learner, examples: Sequence[Example], limit: int, phase: str, reporter: Reporter, reference: int | None = None) -> np.ndarray:

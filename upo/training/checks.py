@@ -11,9 +11,11 @@ from upo.data.batch import Example
 from upo.errors import ConfigError, ModelError
 from upo.losses import LOSSES, Loss, Objective
 from upo.losses.base import NEEDS
-from upo.train.metrics import name_rows
-from upo.train.reporter import Reporter
+from upo.training.metrics import name_rows
+from upo.training.reporter import Reporter
 
+# Nats on a completion. Sums in 16 bits move with the shape of the batch.
+ROUNDING = {"float32": 1e-2, "bfloat16": 1.0, "float16": 1.0}
 KINDS = {"pair": "pairs", "unpaired": "unpaired rows", "group": "scored groups"}
 
 
@@ -81,10 +83,10 @@ def check_start(largest: float, dtype: str, reporter: Reporter) -> None:
     batch.
     """
     found = f"step 1: policy and reference differ by {largest:.3g} nats on a completion although nothing was trained yet"
-    if dtype == "float32" and largest > 1e-2:
+    if dtype == "float32" and largest > ROUNDING[dtype]:
         raise ModelError(
             f"{found}; rounding in float32 explains 0.01. The reference log-probs were computed differently, so every loss would be wrong. "
             f"Remove {cache_dir('reference')} and start again; if that does not help, please report it."
         )
-    if dtype != "float32" and largest > 1:
+    if largest > ROUNDING[dtype]:
         reporter.warn(f"{found[0].upper()}{found[1:]}, by rounding in {dtype}. With dtype: float32 they agree.")
