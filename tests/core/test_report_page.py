@@ -189,6 +189,14 @@ def test_points_stand_where_their_numbers_say():
     assert (points[0] - zero) / (bars[0][1] - zero) == pytest.approx(0.5, abs=1e-3)  # 0.2 of 0.4, to the six digits that are written
 
 
+def test_letters_of_runs_that_came_out_alike_stand_beside_each_other():
+    points = [charts.Point(key, i, x, Interval(0.1, 0.0, 0.2)) for i, (key, x) in enumerate((("A", 0.6), ("B", 0.6), ("C", 0.601), ("D", 0.9)))]
+    drawn = charts.tradeoff("t", points, [(0, 0.5)])
+    x = {key: float(at) for at, key in re.findall(r'<text x="([\d.]+)" y="[\d.]+" class="key">(\w)</text>', drawn)}
+    assert sorted(x) == ["A", "B", "C", "D"] and x["B"] == x["A"] + 11 and x["C"] > x["B"] + 11 - 1e-6 and x["D"] > x["C"] + 11
+    assert "class=\"key\"" not in charts.tradeoff("t", points[:1], [])
+
+
 def test_curves_leave_gaps_and_keep_every_mean():
     steps, values = np.arange(1, 1001.0), np.arange(1, 1001.0)
     values[499] = np.nan

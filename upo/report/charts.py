@@ -111,7 +111,7 @@ def tradeoff(title: str, points: Sequence[Point], starts: Sequence[tuple[int, fl
     """The change of a goal, with its interval, against another quantity after training; hollow where each run started (`starts`: colour, x)."""
     xs = np.array([p.x for p in points] + [x for _, x in starts])
     axes = Axes(_span([xs], 0.12), _span([np.array([p.y.low, p.y.high, 0.0]) for p in points], 0.08), height=HEIGHT + 40)
-    parts = axes.frame()
+    parts, labels = axes.frame(), list[tuple[float, float]]()
     for colour, x in starts:
         parts.append(svg.element("circle", cx=float(axes.x(x)), cy=float(axes.y(0.0)), r=5, class_=f"dot hollow c{colour}"))
     for p in points:
@@ -119,7 +119,11 @@ def tradeoff(title: str, points: Sequence[Point], starts: Sequence[tuple[int, fl
         parts.append(svg.element("line", x1=x, x2=x, y1=float(axes.y(p.y.low)), y2=float(axes.y(p.y.high)), class_=f"bar c{p.colour}"))
         parts.append(svg.element("circle", cx=x, cy=float(axes.y(p.y.mean)), r=6 if p.front else 4, class_=f"dot c{p.colour}"))
         if len(points) > 1:
-            parts.append(svg.text(p.key, x=x + 9, y=float(axes.y(p.y.mean)) + 4, class_="key"))
+            at = (x + 9, float(axes.y(p.y.mean)) + 4)
+            while any(abs(at[0] - other[0]) < 11 and abs(at[1] - other[1]) < 12 for other in labels):  # of a run that came out alike
+                at = (at[0] + 11, at[1])
+            labels.append(at)
+            parts.append(svg.text(p.key, x=at[0], y=at[1], class_="key"))
     return _svg(title, parts, HEIGHT + 40)
 
 
