@@ -106,6 +106,7 @@ def explain(error: Mapping[str, Any], schema: type[BaseModel], source: Source) -
         "int_from_float": "must be a whole number",
         "bool_parsing": "must be true or false",
         "string_type": "must be text; put it in quotes",
+        "string_too_short": "must not be empty",
         "tuple_type": "must be a list",
         "finite_number": "must be finite",
         "greater_than": f"must be above {context.get('gt')}",
@@ -122,7 +123,7 @@ def explain(error: Mapping[str, Any], schema: type[BaseModel], source: Source) -
     elif kind == "missing" and isinstance(got, Mapping):
         near = did_you_mean(str(keys[-1]), map(str, got)) if got else ""
         message += f' ({near.strip().replace("Did you mean", "is it").rstrip("?")}?)' if "Did you mean" in near else ""
-    elif isinstance(got, (str, int, float)) and "(got " not in message:
+    elif isinstance(got, (str, int, float)) and "(got " not in message and f'"{got}"' not in message:
         message += f" (got {got if isinstance(got, (bool, int, float)) else repr(got[:60])})"
     named = re.match(r"[a-z_.]+(?=: )", message) if not key else None  # a check over several sections names its key itself
     return source.place(named.group().split(".") if named else keys) + (f"{key}: {message}" if key else message)

@@ -18,6 +18,9 @@ from upo.tensors import read_header
 DOWNLOAD = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 SKIP = ["consolidated*", "original/*", "metal/*", "onnx/*", "openvino/*"]
 
+# Of a model whose logits are not numbers.
+NOT_FINITE = "its logits are not finite: the weights hold NaN or infinity, or are too large for float16. Fetch the model again, or try dtype: float32."
+
 _VOLATILE = {
     "_name_or_path",
     "transformers_version",
@@ -84,16 +87,30 @@ def check_folder(folder: Path | str) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         content = config if name == "config.json" else read_json(folder / name) if (folder / name).exists() else {}
         for key in ("auto_map", "model_file"):
-            if content.get(key):
+            if content.get(key) and not (key == "auto_map" and is_native(name, content)):
                 raise ModelError(
-                    f"{folder / name}: asks for code of its own (`{key}`), which upo never runs. Use a model that needs none; if transformers "
-                    f"knows model_type {config.get('model_type')!r} without it, remove `{key}` in a copy of the folder."
+                    f"{folder / name}: asks for code of its own (`{key}`), which upo never runs. Use a model that transformers has itself; an "
+                    "update may bring it: pip install -U transformers"
                 )
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{folder / 'config.json'}: has no `model_type`, which says what kind of model it is. Fetch the model again.")
     inside = _allowed_roots(folder)
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not _within(path, inside):
             raise ModelError(f"{path}: is a link that leads out of the model's folder. Put the file itself there.")
-    weight_files(folder)
+    for path in weight_files(folder):
+        read_header(path)  # a download that was cut short is told as such, not as a framework's error
+
+
+def is_native(name: str, content: dict[str, Any]) -> bool:
+    """Whether transformers has the class that this file of a model folder asks for itself, and then needs no code from elsewhere."""
+    if name == "config.json":
+        from transformers import CONFIG_MAPPING
+
+        return content.get("model_type") in CONFIG_MAPPING
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    return tokenizer_class_from_name(str(content.get("tokenizer_class"))) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -176,8 +193,23 @@ def _within(path: Path, roots: list[Path]) -> bool:
 
 
 def model_config(folder: Path | str) -> tuple[dict[str, Any], list[str]]:
-    """config.json, repaired (`repair_config`), and what was repaired, one sentence each."""
-    return repair_config(read_json(Path(folder) / "config.json"))
+    """config.json, repaired (`repair_config`), and what was repaired, one sentence each.
+
+    Code of the folder's own that nothing needs (`auto_map`, where transformers has the model itself) is left out, and that is told.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    asking = [name for name in ("config.json", "tokenizer_config.json") if (folder / name).exists() and _asks_in_vain(folder / name)]
+    if "config.json" in asking:
+        config = {key: value for key, value in config.items() if key != "auto_map"}
+    config, notes = repair_config(config)
+    code = f"{' and '.join(asking)}: code of the model's own (auto_map) is not run, as there is an implementation of {config.get('model_type')} without it."
+    return config, [*([code] if asking else []), *notes]
+
+
+def _asks_in_vain(path: Path) -> bool:
+    content = read_json(path)
+    return bool(content.get("auto_map")) and is_native(path.name, content)
 
 
 def is_quantized_mlx(config: dict[str, Any]) -> bool:

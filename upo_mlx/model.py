@@ -13,7 +13,7 @@ from mlx.utils import tree_map_with_path
 
 from upo.adapters import Adapter, lora_name
 from upo.errors import ModelError
-from upo.models import model_config
+from upo.models import NOT_FINITE, model_config
 from upo.repair import for_mlx
 from upo_mlx.device import mx, nn
 from upo_mlx.family import check_rope, window_notes
@@ -156,6 +156,8 @@ class Model:
             difference, size = (float(np.array(mx.abs(x).max())) for x in (own - ours, own))
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise ModelError(f"model: {self.net.__class__.__module__} cannot be split into decoder and head ({error}). Use --backend torch.") from None
+        if not np.isfinite(size):
+            raise ModelError(f"model: {NOT_FINITE}")
         if not difference <= 1e-3 * max(size, 1.0):
             raise ModelError(
                 f"model: self-check failed: the logits of {self.net.__class__.__module__} differ by {difference:.2g} from those of its decoder "
@@ -200,8 +202,9 @@ def load_base(folder: Path, dtype: Any, tokens: int = 0) -> tuple[nn.Module, lis
     try:
         net, _ = load_model(folder, model_config=config)
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder}: mlx-lm cannot load this model ({reason}). Use --backend torch, or another model.") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        misfit = "Is the download complete, and config.json this model's? If so, u" if reason.startswith(("Missing ", "Expected shape ")) else "U"
+        raise ModelError(f"{folder}: mlx-lm cannot load this model ({reason}). {misfit}se --backend torch, or another model.") from None
     check_rope(folder, net, config)
     castable = getattr(net, "cast_predicate", lambda path: True)
     net.update(tree_map_with_path(lambda path, a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) and castable(path) else a, net.parameters()))

@@ -19,7 +19,7 @@ from upo.adapters import Adapter, lora_name
 from upo.data.forest import Layout
 from upo.data.packed import Packed
 from upo.errors import BackendError, ConfigError, ModelError, UpoError
-from upo.models import is_quantized_mlx, model_config
+from upo.models import NOT_FINITE, is_quantized_mlx, model_config
 from upo.targets import some
 from upo_torch.attention import Attention
 
@@ -183,6 +183,8 @@ class Model:
         ours = self.head(self.hidden(ids))
         difference, size = float((own - ours).abs().max()), float(own.abs().max())
         close = 1e-3 if self.net.dtype == torch.float32 else 2e-2  # the soft cap is computed in float32 here, in 16 bits there
+        if not np.isfinite(size):
+            raise ModelError(f"model: {NOT_FINITE}")
         if not difference <= close * max(size, 1.0):
             raise ModelError(
                 f"model: self-check failed: the logits of {type(self.net).__name__} differ by {difference:.2g} from those of its decoder and "

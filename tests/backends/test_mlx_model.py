@@ -18,7 +18,7 @@ pytest.importorskip("mlx_lm")
 import mlx.nn as nn  # noqa: E402
 
 import upo_mlx  # noqa: E402
-from upo import random  # noqa: E402
+from upo import random, tensors  # noqa: E402
 from upo.backend import Sampling  # noqa: E402
 from upo.config import load_config  # noqa: E402
 from upo.data.batch import Example, collate  # noqa: E402
@@ -314,3 +314,16 @@ print([learner.step(collate([row]), 1e-2).logp[0] for _ in range(3)])
 """
     logps = json.loads(run_python(code).replace("np.float32(", "").replace(")", ""))
     assert logps[2] > logps[0]
+
+
+def test_weights_that_are_missing_or_not_numbers_are_told_as_such(make_tiny_llama):
+    folder = make_tiny_llama()
+    arrays = tensors.read(folder / "model.safetensors")
+    arrays["model.norm.weight"][0] = np.nan
+    tensors.write(folder / "model.safetensors", arrays, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"^model: its logits are not finite: the weights hold NaN"):
+        Model(load_base(folder, mx.float32)[0]).check()
+    del arrays["model.norm.weight"]
+    tensors.write(folder / "model.safetensors", arrays, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"\(Missing 1 parameters: model\.norm\.weight\.?\)\. Is the download complete.* use --backend torch"):
+        load_base(folder, mx.float32)

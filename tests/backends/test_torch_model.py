@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import upo_torch  # noqa: E402
-from upo import random  # noqa: E402
+from upo import random, tensors  # noqa: E402
 from upo.adapters import Adapter  # noqa: E402
 from upo.backend import Sampling  # noqa: E402
 from upo.config import load_config  # noqa: E402
@@ -385,3 +385,12 @@ for call in (upo_torch.device_report, lambda: upo_torch.load(None)):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count('pip install "upo[torch]"') == 2
+
+
+def test_weights_that_are_not_numbers_are_told_as_such(make_tiny_llama):
+    folder = make_tiny_llama()
+    arrays = tensors.read(folder / "model.safetensors")
+    arrays["model.norm.weight"][0] = np.nan
+    tensors.write(folder / "model.safetensors", arrays, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"^model: its logits are not finite: the weights hold NaN"):
+        load(folder)

@@ -99,6 +99,7 @@ def test_dump_loads_to_the_same(path):
     ("change", "words"),
     [
         ({"lr": 1}, 'lr: unknown key. Did you mean objective.auxiliary.value.lr or objective.value.lr or optimizer.lr?'),
+        ({"model": ""}, "model: must not be empty (got '')"),
         ({"optimiser": {}}, 'optimiser: unknown key. Did you mean "optimizer"?'),
         ({"optimizer": {"lrr": 1}}, 'optimizer.lrr: unknown key. Did you mean "lr"?'),
         ({"objective": {"auxiliary": {**GOAL, "value": {"fit_step": 3}}}}, 'objective.auxiliary.value.fit_step: unknown key. Did you mean "fit_steps"?'),

@@ -180,7 +180,9 @@ def test_folder_without_tokenizer(tmp_path):
 
 
 def test_tokenizer_with_code_is_refused(make_tiny_llama):
-    folder = change(make_tiny_llama(), "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]})
+    (folder := make_tiny_llama()).joinpath("x.py").write_text("raise SystemExit('this code was run')")
+    assert load_tokenizer(change(folder, "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "x.Y"]})).has_template  # transformers has its class
+    change(folder, "tokenizer_config.json", tokenizer_class="Own")
     with pytest.raises(ModelError, match=r"tokenizer_config\.json: asks for code of its own \(auto_map\), which is never run"):
         load_tokenizer(folder)
 

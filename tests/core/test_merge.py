@@ -274,7 +274,7 @@ def test_no_base_named(tmp_path: Path, base: Path, adapter: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised with gptq"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "quantised with fp8"),
         ({"model_type": "gpt2"}, "model_type gpt2: .*merge_and_unload"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, "code of its own"),
+        ({"model_type": "own", "auto_map": {"AutoModel": "x.Y"}}, "code of its own"),
     ],
 )
 def test_bases_that_cannot_be_added_to(tmp_path: Path, base: Path, adapter: Path, changes: dict[str, Any], message: str) -> None:

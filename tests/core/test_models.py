@@ -117,8 +117,35 @@ def test_a_broken_config_is_named(folder: Path, text: str) -> None:
     ("file", "key"), [("config.json", "auto_map"), ("config.json", "model_file"), ("tokenizer_config.json", "auto_map")]
 )
 def test_remote_code_is_refused(folder: Path, file: str, key: str) -> None:
-    write_json(folder / file, {**CONFIG, key: {"AutoModel": "modeling.Model"}})
+    write_json(folder / file, {**CONFIG, "model_type": "own", "tokenizer_class": "Own", key: {"AutoModel": "modeling.Model"}})
     with pytest.raises(ModelError, match=rf"{file}.*code of its own \(`{key}`\)"):
+        models.resolve(str(folder))
+
+
+def test_code_that_nothing_needs_is_left_alone_and_told(folder: Path) -> None:
+    write_json(folder / "config.json", {**CONFIG, "auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": ["x.Y", None]}})
+    assert models.resolve(str(folder)) == folder
+    config, notes = models.model_config(folder)
+    assert "auto_map" not in config
+    assert [n for n in notes if "auto_map" in n] == [
+        "config.json and tokenizer_config.json: code of the model's own (auto_map) is not run, as there is an implementation of llama without it."
+    ]
+    write_json(folder / "config.json", {**CONFIG, "model_file": "model.py"})  # mlx-lm would run that one
+    with pytest.raises(ModelError, match=r"config\.json: asks for code of its own \(`model_file`\)"):
+        models.resolve(str(folder))
+
+
+def test_a_config_that_names_no_kind_of_model(folder: Path) -> None:
+    write_json(folder / "config.json", {key: value for key, value in CONFIG.items() if key != "model_type"})
+    with pytest.raises(ModelError, match=r"config\.json: has no `model_type`"):
+        models.resolve(str(folder))
+
+
+def test_weights_that_were_cut_short(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"model\.safetensors: holds .* cut short or damaged"):
         models.resolve(str(folder))
 
 

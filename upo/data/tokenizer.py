@@ -14,6 +14,7 @@ import numpy as np
 from upo.data.forest import Tokens
 from upo.data.text import Message, Text
 from upo.errors import ModelError
+from upo.models import is_native
 
 _VOCABULARY = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json", "added_tokens.json")
 
@@ -28,14 +29,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder, from its own files and without running code from it. Raises ModelError."""
     if not any((folder / name).is_file() for name in _VOCABULARY):
         raise ModelError(f"{folder}: no tokenizer (none of tokenizer.json, tokenizer.model, vocab.json); copy the base model's files there.")
-    if "auto_map" in _read_json(folder / "tokenizer_config.json"):
+    settings = _read_json(folder / "tokenizer_config.json")
+    if settings.get("auto_map") and not is_native("tokenizer_config.json", settings):
         raise ModelError(f"{folder}/tokenizer_config.json: asks for code of its own (auto_map), which is never run; use a model with a standard tokenizer.")
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers do
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({(str(error).strip() or type(error).__name__).splitlines()[0][:200]}).") from None
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200] or type(error).__name__}).") from None
     return Tokenizer(folder, loaded)
 
 
