@@ -3,7 +3,7 @@
     python benchmarks/quickstart_table.py --backend torch --out runs/table-torch
 
 Runs `upo quickstart` once for each line, one after the other, and prints a Markdown table. Lines whose folder holds a result are not run
-again, so a stopped table goes on where it was. About 9 x 4 minutes on two idle CPU cores with torch.
+again, so a stopped table goes on where it was. Six runs of about 4 minutes on two idle CPU cores with torch.
 """
 
 from __future__ import annotations
