@@ -14,6 +14,7 @@ from upo.errors import ConfigError, DataError
 from upo.memory import model_shapes
 from upo.training import plan as planning
 from upo.training.plan import plan
+from upo.training.reporter import Recorder, Silent
 
 ROWS = 20
 UPO = {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "length"}], "actor_warmup_steps": 1}}
@@ -95,6 +96,24 @@ def test_refusals(tiny_llama, data, tmp_path):
         plan(small(tiny_llama, data, adapter={"targets": ["q_pro"]}))
     with pytest.raises(DataError, match="nothing"):
         plan(small(tiny_llama, tmp_path / "nothing.jsonl"))
+    absent = {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "length"}, {"scorer": "column", "column": "score"}]}}
+    with pytest.raises(DataError, match=r'no number in column "score"'):
+        plan(small(tiny_llama, data, absent))
+    kto = small(tiny_llama, data, {"preference": {"loss": "kto"}})
+    one_prompt = kto.model_copy(update={"data": kto.data.model_copy(update={"eval": 0.01})})
+    with pytest.raises(DataError, match=r"^data\.eval: .*pairs\.jsonl:\d+: its prompt owns 2 of 2 completions; .* Or raise data\.eval, so that more prompts are held out\.$"):
+        plan(one_prompt)
     never = {"preset": "upo", "auxiliary": {**UPO["auxiliary"], "actor_warmup_steps": 1000}}
     with pytest.raises(ConfigError, match="actor stays off"):
         plan(small(tiny_llama, data, never))
+
+
+def test_rows_beyond_the_models_context_are_named(make_tiny_llama, data):
+    folder = make_tiny_llama()
+    config = json.loads((folder / "config.json").read_text())
+    for changes, told in (({"max_position_embeddings": 20}, True), ({"max_position_embeddings": 200}, False), ({"max_position_embeddings": 20, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, False)):
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        reporter = Recorder(Silent())
+        plan(small(folder, data), reporter=reporter)
+        found = [text for text in reporter.warnings if "longer than the 20 tokens that the model was made for" in text]
+        assert len(found) == told and all("pairs.jsonl:" in text and text.endswith("Lower train.max_length to 20, or use a model with a longer context.") for text in found)

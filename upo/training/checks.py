@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from upo.cache import cache_dir
 from upo.config import RunConfig
 from upo.data.batch import Example
+from upo.data.notes import places, plural
 from upo.errors import ConfigError, ModelError
 from upo.losses import LOSSES, Loss, Objective
 from upo.losses.base import NEEDS
@@ -58,6 +60,21 @@ def layout(examples: Sequence[Example]) -> str:
     """`120 pairs`, or `3 pairs and 2 unpaired rows`."""
     counts = Counter(KINDS.get(e.kind, e.kind) for e in examples)
     return " and ".join(f"{n} {kind}" for kind, n in counts.items()) or "no rows"
+
+
+def check_context(config: Mapping[str, Any], examples: Sequence[Example], reporter: Reporter) -> None:
+    """Warn about rows longer than the context that the model (`config`: its config.json) was made for. Nothing is said where its positions are stretched."""
+    text = config.get("text_config") or config
+    limit = text.get("max_position_embeddings") or text.get("n_positions")
+    ropes = [text.get("rope_scaling"), text.get("rope_parameters")]
+    if type(limit) is not int or any(isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type", "default")) != "default" for rope in ropes):
+        return
+    long = [e.origin for e in examples if len(e.prompt) + max(map(len, e.completions)) > limit]
+    if long:
+        reporter.warn(
+            f"{plural(len(long), 'row')} longer than the {limit} tokens that the model was made for ({places(long)}). Lower train.max_length to {limit}, "
+            "or use a model with a longer context."
+        )
 
 
 def check_length(config: RunConfig, objective: Objective, total: int, reporter: Reporter) -> None:

@@ -12,8 +12,9 @@ from upo.data.load import load_data
 from upo.data.order import step_rows, steps_per_epoch, total_steps
 from upo.data.partners import assign_partners
 from upo.data.tokenizer import Tokenizer, load_tokenizer
+from upo.errors import DataError
 from upo.losses import Objective
-from upo.models import resolve
+from upo.models import model_config, resolve
 from upo.rewards import Goal, score_examples, validate_rewards
 from upo.training.checks import check_length, check_rows
 from upo.training.reference import check_reference
@@ -61,6 +62,7 @@ def prepare(config: RunConfig, *, allow_code: bool, reporter: Reporter, data: An
         folder = resolve(config.model, config.revision)
         tokenizer = load_tokenizer(folder)
         data = load_data(config, tokenizer, reporter)
+        check_context(model_config(folder)[0], [*data.train, *data.eval], reporter)
     splits = {"data.train": list(data.train), "data.eval": list(data.eval)}
     for name, examples in splits.items():
         if examples:
@@ -72,9 +74,19 @@ def prepare(config: RunConfig, *, allow_code: bool, reporter: Reporter, data: An
         if "anchors" not in objective.needs:  # what a row brings in vain would be scored all the same
             splits[name] = examples = [e if e.anchor is None else replace(e, anchor=None) for e in examples]
         if examples and "partners" in objective.needs:
-            splits[name] = assign_partners(examples, config.train.seed, config.train.max_length)
+            splits[name] = _with_partners(config, name, examples)
         if examples and goals and score:  # the training rows come first: normalisation is fitted on them
             splits[name], fitted = score_examples(
                 splits[name], goals, fitted=fitted, allow_code=allow_code, reporter=reporter, key=config.objective.goals_key
             )
+        elif examples and (columns := [goal for goal in goals if goal.scorer == "column"]):  # whether they are there can be said at once
+            score_examples(examples, columns, reporter=reporter, key=config.objective.goals_key)
     return Prepared(config, objective, folder, tokenizer, data, splits["data.train"], splits["data.eval"], total, tuple(fitted or ()))
+
+
+def _with_partners(config: RunConfig, name: str, examples: list[Example]) -> list[Example]:
+    try:
+        return assign_partners(examples, config.train.seed, config.train.max_length)
+    except DataError as error:
+        more = " Or raise data.eval, so that more prompts are held out." if name == "data.eval" and not isinstance(config.data.eval, str) else ""
+        raise DataError(f"{name}: {error}{more}") from None
