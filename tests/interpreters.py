@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,11 @@ def need_backend(name: str) -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+def mlx_lm_is_old() -> bool:
+    """Whether mlx-lm is the one of Python 3.10, the last that runs there: some families are other ones in it (docs/models.md)."""
+    return installed("mlx") and tuple(map(int, metadata.version("mlx-lm").split(".")[:2])) < (0, 32)
 
 
 def interpreter(name: str) -> Interpreter:

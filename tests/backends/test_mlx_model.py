@@ -16,6 +16,7 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
 import mlx.nn as nn  # noqa: E402
+from interpreters import mlx_lm_is_old  # noqa: E402
 
 import upo_mlx  # noqa: E402
 from upo import random, tensors  # noqa: E402
@@ -154,6 +155,8 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_head_and_recomputation(family):
+    if family == "qwen3_moe" and mlx_lm_is_old():
+        pytest.skip("docs/models.md: its router has no gradient before mlx-lm 0.32")
     arch = importlib.import_module(f"mlx_lm.models.{family}")
     mx.random.seed(0)
     model = Model(arch.Model(arch.ModelArgs.from_dict({**FAMILY, "model_type": family, **FAMILIES[family]})))

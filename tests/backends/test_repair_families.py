@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("mlx_lm")
 
+from interpreters import mlx_lm_is_old
 from tiny_families import DENSE, HALF, IDS, LOST, MIXTURES, ROPE, Family, reopened, write
 
 from upo.convert.families import SAME
@@ -53,6 +54,8 @@ def test_the_table_is_as_wide_as_promised() -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_family_is_the_same_in_both_libraries_once_repaired(kind: str, tmp_path: Path) -> None:
+    if kind in ("gemma2", "lfm2", "qwen3") and mlx_lm_is_old():
+        pytest.skip("docs/models.md: this line of the table holds from mlx-lm 0.32 on")
     family = FAMILIES[kind]
     want = write(kind, family, tmp_path)
     assert np.abs(want).max() > 0.5, "logits too small to tell anything"
@@ -75,6 +78,8 @@ def test_a_family_is_the_same_in_both_libraries_once_repaired(kind: str, tmp_pat
 @pytest.mark.parametrize("kind", LOST)
 def test_a_family_that_is_refused_is_still_lost(kind: str, tmp_path: Path) -> None:
     """When one of these begins to agree, it belongs into the table above."""
+    if kind == "ernie4_5_moe" and mlx_lm_is_old():
+        pytest.skip("docs/models.md: lost from mlx-lm 0.32 on")
     want = write(kind, LOST[kind], tmp_path)
     config, _ = model_config(tmp_path)
     if kind in WRONG_ON_MLX:
