@@ -68,7 +68,7 @@ def train_peft(base: Path, out: Path, auto: Any = transformers.AutoModelForCausa
         if "magnitude" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         elif "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=0.1)
             parameter.data = parameter.data.to(dtype)
     net.save_pretrained(out)
     return out
@@ -82,7 +82,7 @@ def train_mlx(base: Path, out: Path, layers: int = -1, rank: int = 4, scale: flo
     linear_to_lora_layers(net, layers, dict(options), use_dora=dora)
     mx.random.seed(3)
     found = dict(tree_flatten(net.trainable_parameters()))
-    weights = {n: mx.random.uniform(0.5, 1.5, w.shape) if n.endswith(".m") else mx.random.normal(w.shape) * 0.2 for n, w in found.items()}
+    weights = {n: mx.random.uniform(0.5, 1.5, w.shape) if n.endswith(".m") else mx.random.normal(w.shape) * 0.1 for n, w in found.items()}
     out.mkdir()
     mx.save_safetensors(str(out / "adapters.safetensors"), weights)
     (out / "adapter_config.json").write_text(

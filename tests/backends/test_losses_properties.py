@@ -33,6 +33,7 @@ OWN_LIKELIHOOD = {  # losses with a reference that see log pi beside log pi - lo
 NOT_MONOTONE = {  # near the reference, more chosen likelihood need not lower the loss, nor more rejected raise it
     "apo_down": "lowers the chosen completion too",
     "discopop": "has a valley below D = 0",
+    "csft": "imitates the rejected completion too, as an answer to another control text",
     "ada_dpo": "the temperature moves with the margin",
     "alpha_dpo": "the margin's z-score moves with it",
     "wpo": "the weight grows with the likelihood",

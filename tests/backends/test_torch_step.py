@@ -355,7 +355,7 @@ def test_two_processes_equal_one(tiny_llama, tmp_path):
 )
 def test_memory_limits_that_pytorch_lacks_are_refused(tiny_llama, option, reason):
     with pytest.raises(BackendError, match=f"train.{option}: .*{reason}"):
-        make_learner(tiny_llama, "dpo", device="cpu", train={option: 1})
+        make_learner(tiny_llama, train={option: 1})
 
 
 def _ten_steps(folder: str, out: str) -> None:

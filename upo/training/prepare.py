@@ -16,7 +16,7 @@ from upo.errors import DataError
 from upo.losses import Objective
 from upo.models import model_config, resolve
 from upo.rewards import Goal, score_examples, validate_rewards
-from upo.training.checks import check_length, check_rows
+from upo.training.checks import check_context, check_length, check_rows
 from upo.training.reference import check_reference
 from upo.training.reporter import Reporter
 
