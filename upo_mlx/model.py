@@ -21,6 +21,8 @@ from upo_mlx.recompute import Recomputed, lend
 from upo_mlx.state import import_arrays
 
 Array = mx.array
+EXPERTS = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx-lm's layers of all experts of a block, each in a module of that block
+ROUTERS = ("gate", "router", "router.layer")  # what a block calls the layer that chooses among them
 HEADS = {"lm_head", "embed_out", "output"}  # names of an output layer, where a family keeps it inside the decoder
 
 
@@ -84,11 +86,17 @@ class Model:
         self.inner: nn.Module = self._parent[self._inner_name]
 
     def linears(self) -> dict[str, nn.Module]:
-        """Every linear layer of the decoder but head and embeddings, by path; of a wrapped one, the layer beneath."""
+        """Every linear layer of the decoder but head, embeddings and routers, by path; of a wrapped one, the layer beneath.
+
+        A router is a linear layer in mlx-lm, in transformers it is none, so PEFT does not count it among them.
+        """
         found: dict[str, nn.Module] = {}
-        for path, module in self.net.named_modules():
+        modules = dict(self.net.named_modules())
+        blocks = {path.rsplit(".", 2)[0] for path, module in modules.items() if type(module).__name__ in EXPERTS}
+        routers = {f"{block}.{name}" for block in blocks for name in ROUTERS}
+        for path, module in modules.items():
             head = path.rpartition(".")[2] in HEADS and not path.startswith(f"{self._inner_path}.{self._list_name}.")
-            if path.startswith(f"{self._inner_path}.") and not head and isinstance(module, (nn.Linear, nn.QuantizedLinear)):
+            if path.startswith(f"{self._inner_path}.") and not head and path not in routers and isinstance(module, (nn.Linear, nn.QuantizedLinear)):
                 outer = path.removesuffix(".linear")
                 found[outer if outer in self.loras else path] = module
         return dict(sorted(found.items()))
@@ -216,7 +224,7 @@ def load_base(folder: Path, dtype: Any, tokens: int = 0) -> tuple[nn.Module, lis
 
 def has_experts(model: Model) -> bool:
     """Whether tokens are sent to experts, each a slice of one three-dimensional weight."""
-    return any(type(m).__name__ in ("SwitchLinear", "QuantizedSwitchLinear") for _, m in model.net.named_modules())
+    return any(type(m).__name__ in EXPERTS for _, m in model.net.named_modules())
 
 
 def family_notes(model: Model) -> list[str]:
@@ -225,7 +233,7 @@ def family_notes(model: Model) -> list[str]:
     if not model.layer_paths[0].startswith("model.layers."):
         notes.append(f"adapter: decoder layers are called {model.layer_paths[0]} in mlx-lm; other tools may expect other names for this family.")
     if has_experts(model):
-        notes.append("adapter: the experts of this mixture-of-experts model carry no adapter; its other linear layers do.")
+        notes.append("adapter: the experts of this mixture-of-experts model and what chooses among them carry no adapter; its other linear layers do.")
     return notes
 
 

@@ -107,10 +107,20 @@ class Model:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has renamed
             # PEFT's matrices stay on the meta device, drawing no random numbers, and are replaced below.
-            if self._peft is None:
-                self._peft = get_peft_model(self.net, config, adapter_name=name, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-            else:
-                self._peft.add_adapter(name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+            try:
+                if self._peft is None:
+                    self._peft = get_peft_model(self.net, config, adapter_name=name, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+                else:
+                    self._peft.add_adapter(name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+            except ValueError:  # PEFT's own word for some of what follows
+                pass
+        # In some mixtures of experts PEFT takes names like gate_proj for the experts', wherever they stand.
+        if lost := [path for path in adapter.targets if not hasattr(self.net.get_submodule(path), "lora_A")]:
+            names = {path.rpartition(".")[2] for path in adapter.targets} - {path.rpartition(".")[2] for path in lost}
+            raise ModelError(
+                f"adapter.targets: PEFT puts no adapter on {some(lost)} of {type(self.net).__name__}. "
+                f"Name other layers: adapter.targets: [{', '.join(sorted(names))}]"
+            )
         params = {}
         for path in adapter.targets:
             layer: Any = self.net.get_submodule(path)
@@ -299,7 +309,7 @@ def family_notes(model: Model) -> list[str]:
     """What a user should know about where the adapter sits."""
     notes = []
     if has_experts(model):
-        notes.append("adapter: the experts of this mixture-of-experts model carry no adapter; its other linear layers do.")
+        notes.append("adapter: the experts of this mixture-of-experts model and what chooses among them carry no adapter; its other linear layers do.")
     if model.net.config._attn_implementation == "eager":
         notes.append(f"attention: transformers has no fused kernel for {type(model.net).__name__}; memory grows with the square of the length.")
     return notes
