@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -22,20 +20,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails instead of waiting for it
 os.environ["MLX_DISABLE_COMPILE"] = "1"  # on a CPU, MLX would call the C++ compiler for every fused kernel
 
-if sys.platform == "linux" and "mlx.core" not in sys.modules:
-    # The wheel brings the reference BLAS (5 GFLOP/s); one that is already loaded, with global symbols, takes its place.
-    for _blas in sorted(Path("/usr/lib").glob("*/openblas-pthread/libblas.so.3")):
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(str(_blas), mode=ctypes.RTLD_GLOBAL)
-
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside the tests: `oracle`, `interpreters`
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from interpreters import need_backend  # noqa: E402
 
-from upo.backend import PACKAGES  # noqa: E402
+from upo.backend import PACKAGES, installed  # noqa: E402
 from upo.cache import cache_dir, cache_root  # noqa: E402
+
+if installed("mlx"):  # on Linux its wheel brings the reference BLAS (5 GFLOP/s); this loads a real one before anything imports mlx.core
+    importlib.import_module("upo_mlx.device")
 
 USER_CACHE = cache_root()
 BACKENDS = ("torch", "mlx")
