@@ -66,7 +66,7 @@ def configure(model: Path, backend: str, name: str, other: Path, lr: float) -> A
             "backend": backend,
             "device": "cpu",
             "dtype": "float32",
-            "data": {"train": "-"},
+            "data": {"train": "-", **({"control": ["good", "bad"]} if "control" in loss.needs else {})},
             "adapter": {"rank": 8, "alpha": 16},
             "objective": objective,
             "reference": ["base", str(other)] if "references" in loss.needs else "base",
