@@ -124,14 +124,14 @@ def test_no_run_is_one_line(tmp_path):
         ("/home/me/data/train.jsonl:7: bad", "train.jsonl:7: bad"),
         ("see ~/x/y.yaml, /a/b/ and C:\\Users\\me\\z.txt.", "see y.yaml, b and z.txt."),
         ("https://host/a/b owner/name:train 3/4 runs/first and/or", "https://host/a/b owner/name:train 3/4 runs/first and/or"),
-        ("/work/secret client/train.jsonl and /work/secret client", "train.jsonl and secret client"),
+        ("/jobs/secret client/train.jsonl and /jobs/secret client", "train.jsonl and secret client"),
         ("(/a/b/c.py:name)", "(c.py:name)"),
-        ("/work/secret client/deep/er.txt, /workshop/a/b", "er.txt, b"),
+        ("/jobs/secret client/deep/er.txt, /jobshop/a/b", "er.txt, b"),
         ("/home/x y/z/t.jsonl:3, /home/x ylophone/a", "t.jsonl:3, x ylophone/a"),
     ],
 )
 def test_paths_are_cut_to_their_last_part(text, expected):
-    assert Portable(["/work/secret client/train.jsonl", "/work/secret client", "/home/x y", "relative/kept", "0.05", ""])(text) == expected
+    assert Portable(["/jobs/secret client/train.jsonl", "/jobs/secret client", "/home/x y", "relative/kept", "0.05", ""])(text) == expected
 
 
 def test_values_are_made_safe():
