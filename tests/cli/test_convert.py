@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,8 @@ def test_a_target_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert done.exit_code == 1 and "Permission denied" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("make", "to"), [(peft_folder, "mlx"), pytest.param(mlx_folder, "peft", marks=pytest.mark.slow)])
+# At mlx-lm's scale of 20 the tiny model's logits are a hundred, and their rounding is no measure of anything.
+@pytest.mark.parametrize(("make", "to"), [(peft_folder, "mlx"), pytest.param(partial(mlx_folder, scale=2.0), "peft", marks=pytest.mark.slow)])
 def test_verify(tmp_path: Path, tiny_llama: Path, make, to: str) -> None:
     need_backend("torch"), need_backend("mlx")
     source = make(tmp_path / "a", [*TARGETS, "lm_head"])
