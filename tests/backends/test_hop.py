@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 from collections.abc import Mapping
@@ -37,7 +36,7 @@ class Stopper(Silent):
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         if record["step"] == self.stop and "eval" not in record:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def rows(count: int, first: int = 0) -> list[dict[str, str]]:

@@ -215,7 +215,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path, reward_model: Path, 
 def test_code_and_pickles_are_refused(tmp_path: Path) -> None:
     folder = write_bert(tmp_path / "m", ["bad", "good"])
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of", "auto_map": {"AutoModel": "evil.Model"}}))
     with pytest.raises(ModelError, match="asks for code of its own"):
         build_scorer("classifier", model=str(folder), label="good").score(answers("a"))
     (folder / "config.json").write_text(json.dumps(config))

@@ -296,7 +296,7 @@ def test_running_states_of_losses_come_back(tmp_path):
     config, learner = configure(train={"save_every": 3}), Running(configure())
     whole = Running(config)
     session(config, tmp_path / "whole", learner=whole).run()
-    learner.before_step = lambda s: os.kill(os.getpid(), signal.SIGINT) if s == 4 else None
+    learner.before_step = lambda s: signal.raise_signal(signal.SIGINT) if s == 4 else None
     with pytest.raises(KeyboardInterrupt):
         session(config, tmp_path / "run", learner=learner).run()
     resumed = Running(config)

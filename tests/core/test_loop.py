@@ -311,7 +311,7 @@ def test_heavy_weights_are_warned_about_once(tmp_path):
 def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
     config, listener = configure(), Listener()
     learner = FakeLearner(config)
-    learner.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None
+    learner.before_step = lambda step: signal.raise_signal(signal.SIGINT) if step == 2 else None
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         session(config, tmp_path / "run", learner=learner, reporter=listener).run()
@@ -330,8 +330,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
     def twice(step: int) -> None:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     learner.before_step = twice
     with pytest.raises(KeyboardInterrupt):
@@ -457,7 +457,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, how):
         if step == stop:
             if how == "killed":
                 raise Killed
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     learner.before_step = at
     if (how, stop) == ("ctrl-c", 7):
@@ -488,7 +488,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, how):
 
 def stopped(config, out, rows=None, step=3, **options) -> None:
     learner = FakeLearner(config, **options)
-    learner.before_step = lambda s: os.kill(os.getpid(), signal.SIGINT) if s == step else None
+    learner.before_step = lambda s: signal.raise_signal(signal.SIGINT) if s == step else None
     with pytest.raises(KeyboardInterrupt):
         session(config, out, rows, learner).run()
 
