@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from upo.errors import ModelError, UpoError
+from upo.errors import ModelError
 from upo.models import model_config
 from upo.targets import some
 from upo_torch import device
-from upo_torch.model import quiet
+from upo_torch.model import SAFELY, absent_of, known_kind, loading
 
 Messages = Sequence[Mapping[str, Any]]
 UNLIMITED = 10**6  # tokenizers without a limit write a huge number
@@ -86,29 +86,12 @@ def _load(folder: Path, dtype: torch.dtype, where: torch.device) -> tuple[Any, A
     from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
     raw, _ = model_config(folder)
-    kind = str(raw.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        raise ModelError(f"{folder / 'config.json'}: model_type {kind!r} is unknown to this transformers. Update it: pip install -U transformers")
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-            load: Any = AutoModelForSequenceClassification.from_pretrained
-            net, loaded = load(
-                folder,
-                config=CONFIG_MAPPING[kind].from_dict(raw),
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are reported, and refused below
-            )
-    except UpoError:
-        raise
-    except Exception as error:  # transformers and what it calls raise of every kind
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{folder}: transformers cannot load this as a classifier ({reason}). Use another model, or update transformers.") from None
-    absent = sorted({*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])})
+    kind = known_kind(folder, raw)
+    with loading(folder, "this as a classifier"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        load: Any = AutoModelForSequenceClassification.from_pretrained
+        net, loaded = load(folder, config=CONFIG_MAPPING[kind].from_dict(raw), dtype=dtype, **SAFELY)
+    absent = absent_of(loaded)
     if absent:
         raise ModelError(f"{folder}: the weights lack {some(absent)}: this is no trained classifier or reward model. Use one.")
     return tokenizer, net.to(where).requires_grad_(False).eval()

@@ -220,37 +220,19 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     raw, notes = model_config(folder)
-    kind = str(raw.get("model_type"))
     if is_quantized_mlx(raw):
         raise ModelError(f"{folder}: an MLX {raw['quantization'].get('bits')}-bit model. Use --backend mlx, or the original model with quantize: nf4 on CUDA.")
-    if kind not in CONFIG_MAPPING:
-        raise ModelError(f"{folder / 'config.json'}: model_type {kind!r} is unknown to this transformers. Update it: pip install -U transformers")
+    kind = known_kind(folder, raw)
     options: dict[str, Any] = {}
     if quantize == "nf4":
         options = _nf4(dtype, device)
-    try:
+    with loading(folder, "this model"):
         config = CONFIG_MAPPING[kind].from_dict(_without_dropout(raw))
         if config.is_encoder_decoder:
             raise ModelError(f"{folder}: {kind} is an encoder-decoder; upo trains decoder-only language models. Use another model.")
-        with quiet():
-            load: Any = AutoModelForCausalLM.from_pretrained
-            net, loaded = load(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are reported, and refused below
-                **options,
-            )
-    except UpoError:
-        raise
-    except Exception as error:  # transformers and what it calls raise of every kind
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{folder}: transformers cannot load this model ({reason}). Use another model, or update transformers.") from None
-    absent = sorted({*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])})
+        load: Any = AutoModelForCausalLM.from_pretrained
+        net, loaded = load(folder, config=config, dtype=dtype, **SAFELY, **options)
+    absent = absent_of(loaded)
     if absent:
         raise ModelError(f"{folder}: the weights lack {some(absent)}, or have them in another shape. The download is incomplete, or config.json is another model's.")
     if loaded["unexpected_keys"]:
@@ -258,6 +240,38 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
     if not options:
         net = net.to(device)
     return net.requires_grad_(False).eval(), notes
+
+
+# Nothing of a folder is executed. Weights in another shape are reported, and then refused by the caller.
+SAFELY = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+
+
+def known_kind(folder: Path, config: dict[str, Any]) -> str:
+    """The model_type of a configuration. Raises ModelError if this transformers does not have it."""
+    from transformers import CONFIG_MAPPING
+
+    kind = str(config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(f"{folder / 'config.json'}: model_type {kind!r} is unknown to this transformers. Update it: pip install -U transformers")
+    return kind
+
+
+@contextmanager
+def loading(folder: Path, what: str) -> Iterator[None]:
+    """Around calls of transformers that read a folder: quiet, and whatever they raise is a ModelError of one line."""
+    try:
+        with quiet():
+            yield
+    except UpoError:
+        raise
+    except Exception as error:  # transformers and what it calls raise of every kind
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{folder}: transformers cannot load {what} ({reason}). Use another model, or update transformers.") from None
+
+
+def absent_of(loaded: dict[str, Any]) -> list[str]:
+    """Weights that a folder lacks or has in another shape, by transformers' report."""
+    return sorted({*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])})
 
 
 @contextmanager
