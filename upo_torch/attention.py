@@ -24,10 +24,11 @@ from upo.data.packed import Packed, Tree
 try:
     from torch.nn.attention.varlen import varlen_attn
 
-    if "window_size" not in signature(varlen_attn).parameters:
+    _options = set(signature(varlen_attn).parameters)
+    if "window_size" not in _options:
         varlen_attn = None
 except ImportError:  # an older torch
-    varlen_attn = None
+    varlen_attn, _options = None, set()
 try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:  # optional: upo[flash]
@@ -237,7 +238,10 @@ def _by_kernel(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     segments = q.contiguous(), k[at.keys], v[at.keys], at.ends_q, at.ends_k, *at.longest
     if kernel == "torch":
-        out = varlen_attn(*segments, scale=scale, window_size=at.window, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _options else {}
+        if not grouped:  # torch 2.11: every query head wants a key head of its own
+            segments = q.contiguous(), *(x[at.keys].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)), *segments[3:]
+        out = varlen_attn(*segments, scale=scale, window_size=at.window, **grouped)
     else:
         out = flash_attn_varlen_func(*segments, softmax_scale=scale, causal=True, window_size=at.window, softcap=softcap or 0.0)
     return out[None].contiguous()

@@ -13,7 +13,7 @@ from upo.errors import ModelError
 from upo.models import model_config
 from upo.targets import some
 from upo_torch import device
-from upo_torch.model import SAFELY, absent_of, known_kind, loading
+from upo_torch.model import SAFELY, absent_of, attention_of, known_kind, loading
 
 Messages = Sequence[Mapping[str, Any]]
 UNLIMITED = 10**6  # tokenizers without a limit write a huge number
@@ -90,7 +90,8 @@ def _load(folder: Path, dtype: torch.dtype, where: torch.device) -> tuple[Any, A
     with loading(folder, "this as a classifier"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         load: Any = AutoModelForSequenceClassification.from_pretrained
-        net, loaded = load(folder, config=CONFIG_MAPPING[kind].from_dict(raw), dtype=dtype, **SAFELY)
+        config = CONFIG_MAPPING[kind].from_dict(raw)
+        net, loaded = load(folder, config=config, dtype=dtype, **SAFELY, **attention_of(config))
     absent = absent_of(loaded)
     if absent:
         raise ModelError(f"{folder}: the weights lack {some(absent)}: this is no trained classifier or reward model. Use one.")

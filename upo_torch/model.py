@@ -231,7 +231,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
         if config.is_encoder_decoder:
             raise ModelError(f"{folder}: {kind} is an encoder-decoder; upo trains decoder-only language models. Use another model.")
         load: Any = AutoModelForCausalLM.from_pretrained
-        net, loaded = load(folder, config=config, dtype=dtype, **SAFELY, **options)
+        net, loaded = load(folder, config=config, dtype=dtype, **SAFELY, **attention_of(config), **options)
     absent = absent_of(loaded)
     if absent:
         raise ModelError(f"{folder}: the weights lack {some(absent)}, or have them in another shape. The download is incomplete, or config.json is another model's.")
@@ -244,6 +244,11 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
 
 # Nothing of a folder is executed. Weights in another shape are reported, and then refused by the caller.
 SAFELY = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+
+
+def attention_of(config: Any) -> dict[str, str]:
+    """How to load a family with a soft cap on its scores: the fused kernel of transformers 5.17 leaves the cap out without a word, 5.23's refuses it."""
+    return {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
 
 
 def known_kind(folder: Path, config: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import replace
 
@@ -13,84 +12,20 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import tiny_families  # noqa: E402
+from torch_models import CPU, FAMILIES, VARIANTS, apart, forest, gradients, scored, tiny  # noqa: E402
 
 import upo_torch  # noqa: E402
-from upo.adapters import Adapter, lora_name, write_adapter  # noqa: E402
+from upo.adapters import write_adapter  # noqa: E402
 from upo.backend import Sampling  # noqa: E402
 from upo.config import load_config  # noqa: E402
 from upo.data.batch import Example, collate  # noqa: E402
 from upo.data.forest import Forest, padded  # noqa: E402
 from upo.data.packed import Tree, packed  # noqa: E402
 from upo_torch import attention  # noqa: E402
-from upo_torch.logps import token_logps  # noqa: E402
 from upo_torch.model import Model  # noqa: E402
 from upo_torch.selfcheck import why_not_shared  # noqa: E402
 
-CPU = torch.device("cpu")
-FAMILIES = {**tiny_families.DENSE, **tiny_families.MIXTURES, **tiny_families.LOST}
-# What lays down what a layer sees, or how it weighs it, sharply enough to matter in texts of 40 tokens.
-VARIANTS = {
-    "mistral": {"sliding_window": 8},
-    "phi3": {"sliding_window": 5},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
-    "gemma2": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0, "sliding_window": 7},
-    "llama": {"tie_word_embeddings": True},
-    "granite": {"attention_multiplier": 0.7, "logits_scaling": 3.0},
-}
 EXACT = [*(kind for kind in FAMILIES if kind not in ("lfm2", "minimax", "llama4_text", "gpt2")), *(f"{kind}*" for kind in VARIANTS)]
-
-
-def tiny(name: str, rank: int = 4, dtype=torch.float32, **changes) -> Model:
-    """A random model of a family (with a star: its variant) with a random adapter on the linear layers of its attention."""
-    import transformers
-
-    kind = name.rstrip("*")
-    options = {**tiny_families.COMMON, "rope_parameters": tiny_families.ROPE, **FAMILIES[kind].options} if kind in FAMILIES else {}
-    torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[kind](**copy.deepcopy({**options, **(VARIANTS[kind] if name.endswith("*") else {}), **changes}))
-    net = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    model = Model(net.requires_grad_(False), CPU)
-    rng = np.random.default_rng(1)
-    dims = {path: size for path, size in model.dims().items() if "attn" in path or "attention" in path}
-    shapes = {lora_name(path, side): (rank, i) if side == "A" else (o, rank) for path, (i, o) in dims.items() for side in "AB"}
-    arrays = {name: (0.1 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
-    if dims:
-        model.add_policy(Adapter(rank, 2.0 * rank, 2.0, tuple(dims), arrays, None, {}))
-    return model
-
-
-def forest(counts: tuple[int, ...] = (2, 1, 4, 0, 3), seed: int = 0, longest: int = 14) -> Forest:
-    """Prompts with so many completions each, the completions of all prompts mixed."""
-    rng = np.random.default_rng(seed)
-    tokens = lambda n: rng.integers(3, 96, n).astype(np.int32)  # noqa: E731
-    owner = rng.permutation(np.repeat(np.arange(len(counts)), counts))
-    return Forest(tuple(tokens(rng.integers(2, 30)) for _ in counts), tuple(tokens(rng.integers(1, longest)) for _ in owner), owner)
-
-
-def scored(model: Model, layout) -> torch.Tensor:
-    """[N] log-probs of completions."""
-    hidden, own = model.hidden_of(layout), torch.from_numpy(layout.own)
-    tokens = token_logps(model.head, model.head.width, hidden[torch.from_numpy(layout.src)], torch.from_numpy(layout.tgt))
-    return torch.zeros(int(own.max()) + 1).index_add(0, own, tokens)
-
-
-def gradients(model: Model, layout, recompute: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Log-probs, and the adapter's gradient of a weighted sum of them."""
-    for parameter in model.policy.values():
-        parameter.grad = None
-    with model.recomputing() if recompute else torch.enable_grad():
-        logp = scored(model, layout)
-        (logp * torch.linspace(-1, 2, len(logp))).sum().backward()
-    return logp.detach().numpy(), {name: p.grad.numpy().copy() for name, p in model.policy.items() if p.grad is not None}
-
-
-def apart(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
-    """Largest deviation of any array, relative to its own largest entry."""
-    assert a.keys() == b.keys() and a
-    return max(np.abs(a[k] - b[k]).max() / np.abs(a[k]).max() for k in a if np.abs(a[k]).max() > 1e-7)
 
 
 def plainly(model: Model, forest: Forest) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -258,6 +193,12 @@ def torch_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=N
     return segments_apart(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
 
 
+def older_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """torch 2.11's, which wants a key head for every query head."""
+    assert query.shape[1] == key.shape[1] == value.shape[1] and window_size[1] == 0
+    return segments_apart(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
+
+
 def flash_kernel(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0
 ):
@@ -266,7 +207,7 @@ def flash_kernel(
     return segments_apart(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window_size[0], softcap)
 
 
-@pytest.mark.parametrize(("kernel", "cap"), [("torch", None), ("flash", None), ("flash", 0.7)])
+@pytest.mark.parametrize(("kernel", "cap"), [("torch", None), ("older", None), ("flash", None), ("flash", 0.7)])
 @pytest.mark.parametrize("window", [None, 6])
 def test_the_segments_of_the_kernels(monkeypatch, window, kernel, cap):
     """The kernels themselves need CUDA; here ones that do what their documentation says, on the segments and keys that they are given."""
@@ -278,9 +219,10 @@ def test_the_segments_of_the_kernels(monkeypatch, window, kernel, cap):
     up = torch.randn(1, tokens, 4, 8)
     expected, _ = attention.attend(torch.nn.Identity(), q, k, v, blocks, scaling=0.3, softcap=cap)
     slopes = torch.autograd.grad((expected * up).sum(), (q, k, v))
-    monkeypatch.setattr(attention, "varlen_attn", torch_kernel)
+    monkeypatch.setattr(attention, "varlen_attn", older_kernel if kernel == "older" else torch_kernel)
+    monkeypatch.setattr(attention, "_options", {"enable_gqa"} if kernel == "torch" else set())
     monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_kernel)
-    monkeypatch.setattr(attention, "_kernel", lambda *_: kernel)
+    monkeypatch.setattr(attention, "_kernel", lambda *_: "flash" if kernel == "flash" else "torch")
     kind = "causal" if window is None else "window"
     whole = replace(blocks, varlen=attention._varlen(trees, kind, window, CPU))
     found, _ = attention.attend(torch.nn.Identity(), q, k, v, whole, scaling=0.3, softcap=cap)
