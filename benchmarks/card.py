@@ -69,9 +69,7 @@ def card_lengths(count: int, max_length: int, seed: int = 0) -> list[tuple[int, 
 
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
-    big = lineup.upo("torch", "bfloat16", f"train.micro_batch_tokens={options.micro_batch_tokens}", name=f"micro-batches of {options.micro_batch_tokens} tokens")
-    rivals = (lineup.TRL_DEFAULT, *lineup.TRL_FAST[:2])
-    return [lineup.upo("torch", "bfloat16"), big, *(c for c in rivals if not options.without_trl)]
+    return [lineup.upo("torch", "bfloat16"), *(() if options.without_trl else (lineup.TRL_DEFAULT, *lineup.TRL_FAST[:2]))]
 
 
 def steady(run: Run) -> float:
@@ -132,7 +130,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="of our second line; the first has our default")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment with trl")
     parser.add_argument("--without-trl", action="store_true")

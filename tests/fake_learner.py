@@ -11,7 +11,7 @@ import numpy as np
 from upo import random
 from upo.backend import ModelInfo, Outcome, Sampling
 from upo.config import RunConfig, load_config
-from upo.data.batch import Batch, Example
+from upo.data.batch import FEW_TOKENS, Batch, Example
 from upo.data.forest import Forest, Tokens
 from upo.errors import NonFiniteError
 from upo.losses import Objective
@@ -54,6 +54,12 @@ class ThreadComm:
         return total
 
 
+def tokens_of(config: RunConfig) -> int:
+    """`train.micro_batch_tokens`; `auto` as on a CPU."""
+    given = config.train.micro_batch_tokens
+    return FEW_TOKENS if given == "auto" else given
+
+
 class FakeLearner:
     """`upo.backend.Learner` on NumPy: log p(next | previous) = log_softmax(table + B A)[previous], V(x) = w[last prompt token] + b."""
 
@@ -64,7 +70,7 @@ class FakeLearner:
         self.adapter = {A: random.uniform((RANK, VOCAB), 1.0, 0, "fake", "a"), B: np.zeros((VOCAB, RANK), np.float32)}
         self.head = {"4.weight": np.zeros((1, VOCAB), np.float32), "4.bias": np.zeros(1, np.float32)} if self.objective.auxiliary else {}
         self.moments = {f"{name}.exp_avg": np.zeros_like(value) for name, value in self._trained()}
-        self.info = ModelInfo("fake", "float32", "cpu", VOCAB * VOCAB, 2 * RANK * VOCAB, ("table",), weights)
+        self.info = ModelInfo("fake", "float32", "cpu", VOCAB * VOCAB, 2 * RANK * VOCAB, ("table",), weights, micro_batch_tokens=tokens_of(config))
         self.scored = 0  # completions scored by this rank under the reference
         self.steps: list[int] = []
         self.lrs: list[float] = []

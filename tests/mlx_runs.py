@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,11 @@ def gradient(learner, batch: Batch, limit: int = 8192) -> tuple[dict[str, np.nda
             grads.update({name: np.array(g) for name, g in given.items()})
             return params
 
-    own = learner.config, learner.optimizer, learner.head_optimizer
-    learner.config = own[0].model_copy(update={"train": own[0].train.model_copy(update={"micro_batch_tokens": limit})})
+    own = learner.info, learner.optimizer, learner.head_optimizer
+    learner.info = replace(learner.info, micro_batch_tokens=limit)
     learner.optimizer = learner.head_optimizer = Recorder()
     try:
         outcome = learner.step(batch, 1e-3)
     finally:
-        learner.config, learner.optimizer, learner.head_optimizer = own
+        learner.info, learner.optimizer, learner.head_optimizer = own
     return grads, outcome

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from upo.data.batch import Batch
+from upo.data.batch import FEW_TOKENS, Batch
 from upo.data.forest import Forest, Tokens
 from upo.errors import BackendError
 from upo.flops import Sizes
@@ -73,6 +73,7 @@ class ModelInfo:
     chip: str = ""  # the device by its maker's name, e.g. "NVIDIA L4"; empty where that says nothing about its speed
     sizes: Sizes | None = None  # for the count of arithmetic, where the family allows one
     layout: str = "padded"  # how token rows are laid out (`upo.data.batch.SIZES`): log-probs in 16 bits move with it
+    micro_batch_tokens: int = FEW_TOKENS  # token slots computed at once, as configured or decided
 
 
 class Learner(Protocol):

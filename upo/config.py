@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -121,7 +121,9 @@ class TrainConfig(Section):
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     steps: int | None = Field(None, gt=0, description="optimizer steps; when given, `epochs` is not used")
     batch_size: int = Field(8, gt=0, description="rows per optimizer step, over all ranks")
-    micro_batch_tokens: int = Field(2048, gt=0, description="token slots computed at once; changes memory, not the result")
+    micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        "auto", description="token slots computed at once; changes memory and speed, not the result. `auto`: 2048; on CUDA as many as memory allows, by an estimate"
+    )
     max_length: int = Field(1024, gt=1, description="tokens of prompt and completion together")
     overflow: Literal["drop", "cut"] = Field("drop", description="rows too long after whole turns of the prompt were removed: drop, or cut both completions alike")
     seed: int = Field(0, ge=0, description="of order, splits, partners and initial weights")

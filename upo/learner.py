@@ -25,9 +25,9 @@ class Part:
     places: Places
 
 
-def parts_of(batch: Batch, limit: int, comm: Comm, info: ModelInfo) -> list[Part]:
-    """This rank's micro-batches of at most `limit` token slots in this model's layout: r, r + W, ... Possibly none."""
-    rows = micro_batches(batch, limit, at_least=comm.size, layout=info.layout, device=info.device)
+def parts_of(batch: Batch, comm: Comm, info: ModelInfo) -> list[Part]:
+    """This rank's micro-batches in this model's size and layout: r, r + W, ... Possibly none."""
+    rows = micro_batches(batch, info.micro_batch_tokens, at_least=comm.size, layout=info.layout, device=info.device)
     return [Part(*batch.select(part)) for part in rows[comm.rank :: comm.size]]
 
 

@@ -1,4 +1,5 @@
-"""What a run needs in memory, from the model's file headers, and what the machine has: whether activations are recomputed follows from both."""
+"""What a run needs in memory, from the model's file headers, and what the machine has: the size of micro-batches and whether activations are
+recomputed follow from both."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import numpy as np
 from upo import models, tensors
 from upo.backend import Comm
 from upo.config import RunConfig
+from upo.data.batch import FEW_TOKENS
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.\d+\.")
 HEAD = 3 * 4 * 2**24  # the logits of a chunk (`logps.CHUNK_ELEMENTS`) in float32, and two arrays of their size made from them
@@ -121,35 +123,51 @@ def estimate(config: RunConfig, shapes: Shapes, adapter: int, width: int, tokens
     )
 
 
-def largest(config: RunConfig) -> int:
-    """Token slots of the largest micro-batch that a configuration allows: a pair of the longest texts is not divided."""
-    return max(config.train.micro_batch_tokens, 2 * config.train.max_length)
-
-
 # --- The choice -----------------------------------------------------------------------------------------------------------------------
 
+# Token slots of a micro-batch that are tried on CUDA, where the layers of a small model wait for their launch (measured on an H200,
+# SmolLM2-135M: 16384 are 8 times as fast as 2048) and large ones are idle with few.
+MANY_TOKENS = (65536, 32768, 16384, 8192, 4096, FEW_TOKENS)
 
-def choose_recomputing(config: RunConfig, needs: Estimate, free: float, device: str, comm: Comm | None = None, able: str | None = None) -> tuple[bool, list[str]]:
-    """Whether to recompute activations (`train.gradient_checkpointing`), and under `auto` a note with the figures.
 
-    `free`: bytes free on the device before the model is there. `able`: why this model cannot. The same on every rank (collective).
+@dataclass(frozen=True)
+class Choice:
+    """How a run computes: `train.micro_batch_tokens` and `train.gradient_checkpointing`, decided, and what to say about it."""
+
+    tokens: int
+    recompute: bool
+    notes: tuple[str, ...] = ()
+
+
+def choose(config: RunConfig, needs: Callable[[int], Estimate], free: float, device: str, comm: Comm | None = None, able: str | None = None) -> Choice:
+    """What `auto` stands for: the most tokens at which all activations fit, or at which they fit when recomputed.
+
+    `needs`: the estimate for micro-batches of so many token slots. `free`: bytes free on the device before the model is there. `able`: why
+    this model cannot recompute. The same on every rank (collective).
     """
-    asked = config.train.gradient_checkpointing
-    if asked != "auto":
-        return asked, []
-    share = SHARE.get(device, SHARE_GPU)
-    wanted = able is None and needs.total(False) > share * free
-    others = wanted if comm is None else bool(comm.all_sum(np.array([wanted], np.float32))[0])
-    kept, less = (f"{needs.total(recompute) / 1e9:.1f} GB" for recompute in (False, True))
-    have = f"{free / 1e9:.1f} GB free, of which {share:.0%} may be taken"
-    if others:
-        return True, [f"train.gradient_checkpointing: on (about {less} instead of {kept}; {have}{'' if wanted else '; another rank has less'})."]
-    return False, [f"train.gradient_checkpointing: off ({able}; about {kept}; {have})." if able else f"train.gradient_checkpointing: off (about {kept}; {have})."]
+    train, share = config.train, SHARE.get(device, SHARE_GPU)
+    sizes = (train.micro_batch_tokens,) if train.micro_batch_tokens != "auto" else MANY_TOKENS if device == "cuda" else (FEW_TOKENS,)
+    ways = (train.gradient_checkpointing,) if train.gradient_checkpointing != "auto" else (False,) if able else (False, True)
+    options = [(tokens, recompute) for recompute in ways for tokens in sizes]
+    total = lambda tokens, recompute: needs(max(tokens, 2 * train.max_length)).total(recompute)  # a pair of the longest texts is not divided  # noqa: E731
+    mine = next((i for i, option in enumerate(options) if total(*option) <= share * free), len(options) - 1)
+    agreed = mine
+    if comm is not None:
+        agreed = int(np.flatnonzero(comm.all_sum(np.eye(len(options), dtype=np.float32)[mine]))[-1])
+    tokens, recompute = options[agreed]
+    said = [f"train.micro_batch_tokens: {tokens}"] if len(sizes) > 1 else []
+    if train.gradient_checkpointing == "auto":
+        said.append(f"train.gradient_checkpointing: {'on' if recompute else 'off'}")
+    figures = [f"about {total(tokens, recompute) / 1e9:.1f} GB{f' instead of {total(tokens, False) / 1e9:.1f} GB' if recompute else ''}"]
+    figures = [*([able] if able and len(said) and train.gradient_checkpointing == "auto" else []), *figures, f"{free / 1e9:.1f} GB free, of which {share:.0%} may be taken"]
+    figures += ["another rank has less"] if agreed != mine else []
+    return Choice(tokens, recompute, (f"{', '.join(said)} ({'; '.join(figures)}).",) if said else ())
 
 
-def decided(config: RunConfig, recompute: bool) -> RunConfig:
-    """The configuration with `train.gradient_checkpointing` true or false."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": recompute})})
+def decided(config: RunConfig, choice: Choice) -> RunConfig:
+    """The configuration with numbers and switches in place of `auto`."""
+    update = {"micro_batch_tokens": choice.tokens, "gradient_checkpointing": choice.recompute}
+    return config.model_copy(update={"train": config.train.model_copy(update=update)})
 
 
 # --- What the machine has -------------------------------------------------------------------------------------------------------------

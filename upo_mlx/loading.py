@@ -41,9 +41,10 @@ def load_learner(config: RunConfig) -> MlxLearner:
     policy = lora_from(start)
     model.check()
     parameters, trainable = parameter_count(net), sum(a.size for a in policy.arrays.values())
-    needs = memory.estimate(config, memory.model_shapes(folder), trainable, dtype.size, memory.largest(config), config.train.max_length, "mlx")
-    recompute, recomputing = memory.choose_recomputing(config, needs, free, where, comm)
-    config = memory.decided(config, recompute)
+    shapes = memory.model_shapes(folder)
+    needs = lambda tokens: memory.estimate(config, shapes, trainable, dtype.size, tokens, config.train.max_length, "mlx")  # noqa: E731
+    choice = memory.choose(config, needs, free, where, comm)
+    config = memory.decided(config, choice)
     rows, fallen_back = choose_rows(model, policy, config.train, str(dtype).rpartition(".")[2], comm)
     info = ModelInfo(
         name=config.model,
@@ -53,10 +54,11 @@ def load_learner(config: RunConfig) -> MlxLearner:
         trainable=trainable,
         targets=tuple(sorted({path.rpartition(".")[2] for path in start.targets})),
         weights_hash=models.weights_hash(folder),
-        notes=(*notes, *device.blas_notes(where), *repaired, *family_notes(model), *fallen_back, *recomputing, *started),
+        notes=(*notes, *device.blas_notes(where), *repaired, *family_notes(model), *fallen_back, *choice.notes, *started),
         chip=chip(where, dtype),
         sizes=sizes_of(models.model_config(folder)[0], dims, parameters, trainable, config.train.max_length),
         layout=rows.name,
+        micro_batch_tokens=choice.tokens,
     )
     return MlxLearner(config, comm, model, rows, policy, [lora_from(r) if r else BASE for r in references], info, folder)
 

@@ -89,7 +89,7 @@ class MlxLearner:
 
     def score(self, batch: Batch) -> Outcome:
         """What the objective needs of a batch under the policy, shared between the ranks (every rank must call it)."""
-        whole = self._score_parts(batch, parts_of(batch, self.config.train.micro_batch_tokens, self.comm, self.info))
+        whole = self._score_parts(batch, parts_of(batch, self.comm, self.info))
         return outcome_of(whole, self._partner_logps(batch), self.running)
 
     def _scores(self, batch: Batch, head: Arrays, score: TokenLogps) -> Arrays:
@@ -127,7 +127,7 @@ class MlxLearner:
         if batch.partners is None:
             return None
         whole = blank(batch, ["logp"])
-        for part in parts_of(partners_of(batch), self.config.train.micro_batch_tokens, self.comm, self.info):
+        for part in parts_of(partners_of(batch), self.comm, self.info):
             fill(whole, part.places, {"logp": self.logps(part.batch.forest)})
         return sum_over_ranks(self.comm, whole)["logp"]
 
@@ -137,7 +137,7 @@ class MlxLearner:
         """One optimizer step on the whole batch. Raises NonFiniteError before any weight has changed."""
         partner_logp = self._partner_logps(batch)
         partner = partner_logratio(batch, partner_logp)
-        parts = parts_of(batch, self.config.train.micro_batch_tokens, self.comm, self.info)
+        parts = parts_of(batch, self.comm, self.info)
         weights, running = self._coefficients(batch, parts, partner_logp) if self.objective.coupled else (None, self.running)
         whole = blank(batch, self.names)
         total = {name: mx.zeros_like(p) for name, p in {**self.policy.arrays, **self._head_params()}.items()}

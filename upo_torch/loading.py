@@ -33,7 +33,8 @@ def load_learner(config: RunConfig) -> TorchLearner:
     model = Model(net, where)
     model.check()
     started = add_adapters(config, model)
-    config, recomputing = decide_recomputing(config, model, folder, free, comm)
+    choice = choose_memory(config, model, folder, free, comm)
+    config = memory.decided(config, choice)
     layout, fallen = choose_layout(model, config.train, comm)
     trainable = sum(p.numel() for p in model.policy.values())
     info = ModelInfo(
@@ -44,22 +45,24 @@ def load_learner(config: RunConfig) -> TorchLearner:
         trainable=trainable,
         targets=tuple(sorted({path.rpartition(".")[2] for path in adapters.modules_of(model.policy)})),
         weights_hash=models.weights_hash(folder),
-        notes=(*notes, *repaired, *family_notes(model), *started, *fallen, *recomputing),
+        notes=(*notes, *repaired, *family_notes(model), *started, *fallen, *choice.notes),
         chip=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
         sizes=sizes_of(models.model_config(folder)[0], model.dims(), parameters, trainable, config.train.max_length),
         layout=layout,
+        micro_batch_tokens=choice.tokens,
     )
     return TorchLearner(config, comm, model, info, folder)
 
 
-def decide_recomputing(config: RunConfig, model: Model, folder: Path, free: int, comm: TorchComm) -> tuple[RunConfig, list[str]]:
-    """The configuration with `train.gradient_checkpointing` decided, and a note if that was for us to do. `free`: bytes before loading."""
-    adapter = sum(p.numel() for p in model.policy.values())
-    shapes, tokens = memory.model_shapes(folder), memory.largest(config)
-    needs = memory.estimate(config, shapes, adapter, model.net.dtype.itemsize, tokens, config.train.max_length, "torch")
+def choose_memory(config: RunConfig, model: Model, folder: Path, free: int, comm: TorchComm) -> memory.Choice:
+    """Size of micro-batches and recomputation, from what the model needs and the device has. `free`: bytes before loading."""
+    shapes, adapter = memory.model_shapes(folder), sum(p.numel() for p in model.policy.values())
+
+    def needs(tokens: int) -> memory.Estimate:
+        return memory.estimate(config, shapes, adapter, model.net.dtype.itemsize, tokens, config.train.max_length, "torch")
+
     able = None if model.recomputable() else f"{type(model.net).__name__} does not support it"
-    recompute, notes = memory.choose_recomputing(config, needs, free, model.device.type, comm, able)
-    return memory.decided(config, recompute), notes
+    return memory.choose(config, needs, free, model.device.type, comm, able)
 
 
 def add_adapters(config: RunConfig, model: Model) -> list[str]:

@@ -41,13 +41,13 @@ def gradient(learner, batch: Batch, limit: int = 8192) -> tuple[dict[str, np.nda
         def step(self, lr):
             grads.update({name: p.grad.numpy().copy() for name, p in self.params.items()})
 
-    own = learner.config, learner.optimizer, learner.head_optimizer
-    learner.config = own[0].model_copy(update={"train": own[0].train.model_copy(update={"micro_batch_tokens": limit})})
+    own = learner.info, learner.optimizer, learner.head_optimizer
+    learner.info = replace(learner.info, micro_batch_tokens=limit)
     learner.optimizer, learner.head_optimizer = (optimizer and Recorder(optimizer) for optimizer in own[1:])
     try:
         outcome = learner.step(batch, 1e-3)
     finally:
-        learner.config, learner.optimizer, learner.head_optimizer = own
+        learner.info, learner.optimizer, learner.head_optimizer = own
     return grads, outcome
 
 

@@ -65,18 +65,23 @@ def test_options_that_change_the_estimate(tiny_llama, data):
 
 def test_whether_activations_are_recomputed(tiny_llama, data, monkeypatch):
     """As the backend would decide with what is free on the device; without the backend nothing is known."""
-    asked = lambda given="auto": plan(configure(UPO, model=str(tiny_llama), data={"train": str(data)}, train={"gradient_checkpointing": given}))  # noqa: E731
+
+    def asked(given="auto", tokens="auto"):
+        train = {"gradient_checkpointing": given, "micro_batch_tokens": tokens}
+        return plan(configure(UPO, model=str(tiny_llama), data={"train": str(data)}, train=train))
+
     monkeypatch.setattr(planning, "installed", lambda name: True)
     found = []
     for free in (10**8, 10**11):
         monkeypatch.setattr(planning, "get_backend", lambda name, free=free: SimpleNamespace(free_memory=lambda device: ("cuda", free)))
         found.append(asked())
     on, off = found
-    assert on["gradient_checkpointing"].startswith("on (about 0.2 GB instead of 0.2 GB; 0.1 GB free") and off["gradient_checkpointing"].startswith("off (about 0.2 GB;")
+    assert on["gradient_checkpointing"].startswith("on (about 0.2 GB instead of 0.2 GB; 0.1 GB free") and off["gradient_checkpointing"].startswith("off (about ")
+    assert (on["micro_batch_tokens"], off["micro_batch_tokens"]) == (2048, 65536)
     assert on["memory_gb"]["activations"] < off["memory_gb"]["activations"]
-    assert asked(True)["memory_gb"] == on["memory_gb"] and asked(False)["memory_gb"] == off["memory_gb"]
+    assert asked(True, 2048)["memory_gb"] == on["memory_gb"] and asked(False)["memory_gb"] == off["memory_gb"]
     monkeypatch.setattr(planning, "installed", lambda name: False)
-    assert asked()["gradient_checkpointing"] == "decided when the model is loaded (torch is not installed here)"
+    assert asked()["micro_batch_tokens"] == 2048 and asked()["gradient_checkpointing"] == "decided when the model is loaded (torch is not installed here)"
 
 
 def test_packed_weights_are_counted_unpacked(tmp_path):

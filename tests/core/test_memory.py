@@ -8,10 +8,9 @@ from threading import Thread
 import pytest
 from fake_learner import ThreadComm, configure
 
-from upo.memory import Estimate, Shapes, available, choose_recomputing, decided, estimate, largest, model_shapes
+from upo.memory import Choice, Estimate, Shapes, available, choose, decided, estimate, model_shapes
 
 LLAMA = Shapes(1_000_000, 4_000_000, {}, hidden=64, layers=2, heads=4, queries=64, keys=32, inner=128, capped=False)
-NEEDS = Estimate(base=1e9, adapter=1e8, activations=4e9, recomputed=5e8)
 
 
 def test_shapes_of_a_folder(tiny_llama):
@@ -44,45 +43,59 @@ def test_weights():
     assert estimate(configure(None), replace(LLAMA, stored=600_000), 1000, 2, 100, 50, "mlx").base == 600_000
 
 
-def test_the_largest_micro_batch():
-    assert largest(configure(None, train={"micro_batch_tokens": 9000})) == 9000
-    assert largest(configure(None, train={"micro_batch_tokens": 64, "max_length": 100})) == 200
+def auto(**train):
+    return configure(None, train={"gradient_checkpointing": "auto", **train})
 
 
-def auto(**changes):
-    return configure(None, train={"gradient_checkpointing": "auto"}, **changes)
+def needs(tokens: int) -> Estimate:
+    """2 MB a token, an eighth of it recomputed."""
+    return Estimate(base=1e9, adapter=1e8, activations=2e6 * tokens, recomputed=2.5e5 * tokens)
 
 
-def test_the_choice():
-    """5.1 GB are needed: of 80 % of a GPU's free memory, of half of a CPU's."""
-    assert choose_recomputing(auto(), NEEDS, 6.4e9, "cuda") == (
-        False,
-        ["train.gradient_checkpointing: off (about 5.1 GB; 6.4 GB free, of which 80% may be taken)."],
-    )
-    assert choose_recomputing(auto(), NEEDS, 6.3e9, "cuda") == (
-        True,
-        ["train.gradient_checkpointing: on (about 1.6 GB instead of 5.1 GB; 6.3 GB free, of which 80% may be taken)."],
-    )
-    assert [choose_recomputing(auto(), NEEDS, free, "cpu")[0] for free in (10.1e9, 10.3e9)] == [True, False]
-    on, notes = choose_recomputing(auto(), NEEDS, 1e9, "cuda", able="BloomForCausalLM does not support it")
-    assert not on and notes == ["train.gradient_checkpointing: off (BloomForCausalLM does not support it; about 5.1 GB; 1.0 GB free, of which 80% may be taken)."]
+def test_the_choice_on_a_cpu():
+    """2048 tokens, of half of what is free; a pair of the longest texts is one micro-batch."""
+    assert choose(auto(), needs, 10.5e9, "cpu") == Choice(2048, False, ("train.gradient_checkpointing: off (about 5.2 GB; 10.5 GB free, of which 50% may be taken).",))
+    on = "train.gradient_checkpointing: on (about 1.6 GB instead of 5.2 GB; 10.3 GB free, of which 50% may be taken)."
+    assert choose(auto(), needs, 10.3e9, "cpu") == Choice(2048, True, (on,))
+    assert choose(auto(max_length=1500), needs, 14.1e9, "cpu").recompute and not choose(auto(max_length=1500), needs, 14.3e9, "cpu").recompute
+    assert choose(auto(), needs, 1.0, "metal").tokens == 2048
+
+
+def test_the_choice_on_cuda():
+    """As many tokens as fit without recomputing, else as many as fit with it, else the fewest."""
+    for free, tokens, recompute in ((200e9, 65536, False), (165.3e9, 65536, False), (165.1e9, 32768, False), (7e9, 2048, False), (6.4e9, 8192, True), (1e9, 2048, True)):
+        found = choose(auto(), needs, free, "cuda")
+        assert (found.tokens, found.recompute) == (tokens, recompute), free
+    both = "train.micro_batch_tokens: 16384, train.gradient_checkpointing: off (about 33.9 GB; 50.0 GB free, of which 80% may be taken)."
+    assert choose(auto(), needs, 50e9, "cuda").notes == (both,)
+    unable = choose(auto(), needs, 1e9, "cuda", able="BloomForCausalLM does not support it")
+    off = "train.micro_batch_tokens: 2048, train.gradient_checkpointing: off"
+    assert unable == Choice(2048, False, (f"{off} (BloomForCausalLM does not support it; about 5.2 GB; 1.0 GB free, of which 80% may be taken).",))
+
+
+def test_what_is_given_is_taken():
     for given in (True, False):
-        config = configure(None, train={"gradient_checkpointing": given})
-        assert choose_recomputing(config, NEEDS, 6.3e9, "cuda") == (given, [])
-    assert decided(auto(), True).train.gradient_checkpointing is True
+        found = choose(configure(None, train={"gradient_checkpointing": given, "micro_batch_tokens": 512}), needs, 1e9, "cuda")
+        assert found == Choice(512, given)
+        assert choose(configure(None, train={"gradient_checkpointing": given}), needs, 40e9, "cuda").tokens == (65536 if given else 8192)
+    only = choose(configure(None, train={"gradient_checkpointing": False}), needs, 40e9, "cuda")
+    assert only.notes == ("train.micro_batch_tokens: 8192 (about 17.5 GB; 40.0 GB free, of which 80% may be taken).",)
+    train = decided(auto(), Choice(4096, True)).train
+    assert (train.micro_batch_tokens, train.gradient_checkpointing) == (4096, True)
 
 
 def test_ranks_agree():
     found = {}
 
     def rank(comm, free):
-        found[comm.rank] = choose_recomputing(auto(), NEEDS, free, "cuda", comm)
+        found[comm.rank] = choose(auto(), needs, free, "cuda", comm)
 
-    threads = [Thread(target=rank, args=(comm, free)) for comm, free in zip(ThreadComm.make(2), (1e10, 1e9), strict=True)]
+    threads = [Thread(target=rank, args=(comm, free)) for comm, free in zip(ThreadComm.make(2), (1e11, 6.4e9), strict=True)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert found[0][0] and found[1][0]
-    assert found[0][1][0].endswith("10.0 GB free, of which 80% may be taken; another rank has less).")
+    assert all((found[r].tokens, found[r].recompute) == (8192, True) for r in (0, 1))
+    assert found[0].notes[0].endswith("100.0 GB free, of which 80% may be taken; another rank has less).")
+    assert found[1].notes[0].endswith("6.4 GB free, of which 80% may be taken).")
 
 
 @pytest.fixture

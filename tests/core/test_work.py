@@ -62,7 +62,7 @@ class Rank:
 @pytest.mark.parametrize("ranks", [1, 3, 20])
 def test_a_step_is_the_sum_of_what_its_ranks_compute(layout, ranks):
     batch, info = collate(assign_partners(pairs(9), 0, 64)), ModelInfo("m", "float32", "cpu", 1, 1, (), "w", layout=layout)
-    parts = lambda whole, limit: [p.batch for r in range(ranks) for p in parts_of(whole, limit, Rank(r, ranks), info)]  # noqa: E731
+    parts = lambda whole, limit: [p.batch for r in range(ranks) for p in parts_of(whole, Rank(r, ranks), replace(info, micro_batch_tokens=limit))]  # noqa: E731
     add = lambda found: sum((forest_work(part.scored, layout) for part in found), Work())  # noqa: E731
     assert batch_work(batch, 40, ranks, info) == (add(parts(batch, 40)), add(parts(partners_of(batch), 40)))
     own, partners = batch_work(replace(batch, partners=None), 40, ranks, info)

@@ -242,6 +242,7 @@ def _quantiles(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     }
 
 
+FEW_TOKENS = 2048  # of a micro-batch: where it is of no use to have more, on CPUs and Apple's GPUs
 # What a micro-batch costs besides its token slots, in slots. A CPU is as fast with few; the layers of a GPU wait for their launch.
 OVERHEAD = {"cpu": 64}
 GPU_OVERHEAD = 1024

@@ -31,12 +31,12 @@ class HeldOut:
     def of(cls, config: RunConfig, learner: Learner, backend: str, examples: Sequence[Example], reporter: Reporter) -> HeldOut:
         """Scores the reference, unless its cache has these rows."""
         bare, known = [replace(e, anchor=None) for e in examples], len(learner.info.notes)
-        learner.check_sharing(row_of(bare, config.train.micro_batch_tokens))  # before anything is scored, as in training
+        learner.check_sharing(row_of(bare, learner.info.micro_batch_tokens))  # before anything is scored, as in training
         for note in learner.info.notes[known:]:
             reporter.info(note)
         rows = with_reference(config, learner, backend, bare, "held-out rows", reporter).examples
         terms = config.objective.build().preference
-        return cls(collate(rows), terms[0].loss if terms else DPO(), config.train.micro_batch_tokens)
+        return cls(collate(rows), terms[0].loss if terms else DPO(), learner.info.micro_batch_tokens)
 
     def metrics(self, learner: Learner) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """The numbers of the policy as it is, and by name the values per pair behind `accuracy` and `margin`. Raises NonFiniteError."""

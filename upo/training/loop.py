@@ -89,7 +89,7 @@ class Loop:
         self.evaluation = collate(prepared.eval) if prepared.eval else None
         self.evaluations, self.origin, self.saved = evaluations, origin, saved
         self.writes = learner.comm.rank == 0
-        self.limit, self.ranks = prepared.config.train.micro_batch_tokens, learner.comm.size
+        self.limit, self.ranks = learner.info.micro_batch_tokens, learner.comm.size
         self.lines: list[dict[str, Any]] = []  # of the steps done here
         self._evaluation_work: tuple[Work, Work] | None = None  # the same each time
         self._heavy = False

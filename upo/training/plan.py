@@ -14,7 +14,8 @@ from upo.config import RunConfig
 from upo.data.batch import Example, collate, micro_batches
 from upo.data.forest import padded_size
 from upo.errors import BackendError, ConfigError, did_you_mean
-from upo.memory import Estimate, Shapes, choose_recomputing, estimate, largest, model_shapes
+from upo.memory import Choice, Estimate, Shapes, estimate, model_shapes
+from upo.memory import choose as choose_memory
 from upo.training.prepare import Prepared, prepare
 from upo.training.reference import pass_size
 from upo.training.reporter import Reporter, Silent
@@ -30,7 +31,7 @@ def plan(config: RunConfig, *, allow_code: bool = False, reporter: Reporter | No
     assert prepared.folder is not None
     shapes = model_shapes(prepared.folder)
     adapter = adapter_parameters(config, shapes)
-    recompute, why = recomputing(config, shapes, adapter)
+    choice, why = computing(config, shapes, adapter)
     report = prepared.data.report
     auxiliary = prepared.objective.auxiliary
     tokens = sum(example.tokens for example in prepared.train)
@@ -48,8 +49,9 @@ def plan(config: RunConfig, *, allow_code: bool = False, reporter: Reporter | No
         },
         "reference_completions": reference,
         "parameters": {"base": shapes.parameters, "adapter": adapter},
+        "micro_batch_tokens": choice.tokens,
         "gradient_checkpointing": why,
-        "memory_gb": memory(prepared, shapes, adapter, recompute),
+        "memory_gb": memory(prepared, shapes, adapter, choice),
     }
 
 
@@ -80,29 +82,30 @@ def needs(config: RunConfig, shapes: Shapes, adapter: int, tokens: int, longest:
     return estimate(config, shapes, adapter, width, tokens, longest, choose(config.backend))
 
 
-def memory(prepared: Prepared, shapes: Shapes, adapter: int, recompute: bool) -> dict[str, float]:
+def memory(prepared: Prepared, shapes: Shapes, adapter: int, choice: Choice) -> dict[str, float]:
     """Estimated GB (1e9 bytes): base, adapter, activations of the largest micro-batch of padded rows, and their sum."""
     train = prepared.config.train
-    tokens = largest_micro_batch(prepared.train, train.micro_batch_tokens, train.batch_size)
+    tokens = largest_micro_batch(prepared.train, choice.tokens, train.batch_size)
     found = needs(prepared.config, shapes, adapter, tokens, max(len(e.prompt) + max(map(len, e.completions)) for e in prepared.train))
-    parts = {"base": found.base, "adapter": found.adapter, "activations": found.recomputed if recompute else found.activations}
+    parts = {"base": found.base, "adapter": found.adapter, "activations": found.recomputed if choice.recompute else found.activations}
     return {**{name: size / 1e9 for name, size in parts.items()}, "total": sum(parts.values()) / 1e9}
 
 
-def recomputing(config: RunConfig, shapes: Shapes, adapter: int) -> tuple[bool, str]:
-    """Whether the run will recompute activations, as far as can be told before the model is loaded, and why."""
-    asked, name = config.train.gradient_checkpointing, choose(config.backend)
-    if asked != "auto":
-        return asked, "on" if asked else "off"
-    if not installed(name):
-        return False, f"decided when the model is loaded ({name} is not installed here)"
+def computing(config: RunConfig, shapes: Shapes, adapter: int) -> tuple[Choice, str]:
+    """Size of micro-batches and recomputation, as far as can be told before the model is loaded, and why."""
+    train, name, later = config.train, choose(config.backend), ""
+    device, free = "cpu", float("inf")
     try:
-        device, free = get_backend(name).free_memory(config.device)
+        if not installed(name):
+            later = f"{name} is not installed here"
+        else:
+            device, free = get_backend(name).free_memory(config.device)
     except BackendError as error:
-        return False, f"decided when the model is loaded ({error})"
-    found = needs(config, shapes, adapter, largest(config), config.train.max_length)
-    recompute, (note,) = choose_recomputing(config, found, free, device)
-    return recompute, note.partition(": ")[2].rstrip(".")
+        later = str(error)
+    choice = choose_memory(config, lambda tokens: needs(config, shapes, adapter, tokens, train.max_length), free, device)
+    if train.gradient_checkpointing != "auto":
+        return choice, "on" if choice.recompute else "off"
+    return choice, f"decided when the model is loaded ({later})" if later else choice.notes[0].rpartition("gradient_checkpointing: ")[2].rstrip(".")
 
 
 def _has_gpu() -> bool:

@@ -111,7 +111,7 @@ def with_reference(config: RunConfig, learner: Learner, backend: str, examples: 
     """
     batch, comm, info = collate(examples), learner.comm, learner.info
     exact = info.dtype == "float32"
-    cut = partial(micro_batches, limit=config.train.micro_batch_tokens, at_least=comm.size, layout=info.layout, device=info.device)
+    cut = partial(micro_batches, limit=info.micro_batch_tokens, at_least=comm.size, layout=info.layout, device=info.device)
     # The parts are those in which `evaluate` scores the policy, completions with anchors together and partners apart as there: in equal
     # shapes policy and reference round alike, so that they agree to the last bit before the first update.
     parts = cut(batch)
