@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ def report(jobs: Sequence[Job], failed: Mapping[str, str], out: Path, by: Mappin
     for name in dict.fromkeys(job.method for job in records):
         runs = [job for job in records if job.method == name]
         values = [measure(records[job], by) for job in runs]
-        found[name] = Found({key: np.stack([v[key] for v in values]) for key in values[0]}, tuple(job.seed for job in runs), *_time(runs))
-    text = "# The paper in miniature\n\n" + (SMALL if short else "") + about(first, jobs)
+        found[name] = Found({key: np.stack([v[key] for v in values]) for key in values[0]}, tuple(job.seed for job in runs), *_steps(runs))
+    text = "# The paper in miniature\n\n" + (SMALL if short else "") + about(list(records.values()), jobs)
     text += "\n" + methods_table(found, {job.method: failed[job.name] for job in jobs if job.name in failed}) + "\n" + NOTES
     if intervals := intervals_table(found):
         text += f"\n## UPO against KTO, DPO and where it started\n\n{intervals}\n{HOW_SURE}"
@@ -48,27 +47,26 @@ def report(jobs: Sequence[Job], failed: Mapping[str, str], out: Path, by: Mappin
     return text
 
 
-def about(record: Mapping[str, Any], jobs: Sequence[Job]) -> str:
+def about(records: Sequence[Mapping[str, Any]], jobs: Sequence[Job]) -> str:
     """What was done, in words."""
-    settings = record["settings"]
+    record, settings = records[0], records[0]["settings"]
+    where = ", ".join(dict.fromkeys(f"{r['backend']} on {r['device']} in {r['dtype']}" for r in records))
     seeds = {name: sum(job.method == name for job in jobs) for name in dict.fromkeys(job.method for job in jobs) if name != BASE}
     several = ", ".join(f"{title(name)} {count}" for name, count in seeds.items() if METHODS[name].seeded)
     goals = " + ".join(f"{goal['weight']:g} {goal['scorer']}" for goal in GOALS)
     return (
-        f"{Path(settings['model']).name} ({record['backend']}, {record['device']}, {record['dtype']}), LoRA on all linear layers, {settings['steps']} steps of "
+        f"{Path(settings['model']).name} ({where}), LoRA on all linear layers, {settings['steps']} steps of "
         f"{settings['batch_size']} pairs for every method, learning rate {settings['lr']:g} for all of them, UPO with gamma {settings['gamma']:g} from the first step "
         f"on. Seeds: {several}; a star marks methods with one. Goals: R = {goals}. {len(record['samples'])} held-out prompts of conversations that are not trained "
         f"on, {settings['samples']} answers to each of at most {settings['max_tokens']} tokens; accuracy on {len(record['margins'])} held-out pairs.\n"
     )
 
 
-def _time(runs: Sequence[Job]) -> tuple[float | None, bool]:
-    """(seconds per step, whether no other run trained beside), of the runs that had the machine to themselves if there are any."""
-    if runs[0].method == BASE:
-        return None, True
+def _steps(runs: Sequence[Job]) -> tuple[dict[int, list[float]], bool]:
+    """(seed -> seconds of each step, whether no other run trained beside), of the runs that had the machine to themselves if there are any."""
+    runs = [job for job in runs if job.method != BASE]
     alone = [job for job in runs if job.beside.exists() and job.beside.read_text(encoding="utf-8").strip() == "1"]
-    seconds = [s for job in alone or runs for s in step_seconds(job.folder)]
-    return (statistics.median(seconds) if seconds else None), bool(alone)
+    return {job.seed: step_seconds(job.folder) for job in alone or runs}, bool(alone) or not runs
 
 
 def _finite(value: Any) -> Any:
@@ -81,15 +79,15 @@ def _finite(value: Any) -> Any:
 
 
 NOTES = f"""\
-- {READABILITY} is the paper's R1 with the Flesch-Kincaid grade, which `grade` shows, in place of textstat's consensus; {SAFETY} is 1 - the probability of
-  offensive words by a linear model, a weaker judge than the paper's toxicity classifier. Neither sees what is meant. {OTHER_READABILITY} (R1 by that grade, which counts
+- {READABILITY} is the paper's R1 with the Flesch-Kincaid grade, which `grade` shows, in place of textstat's consensus; clean is 1 - the probability of
+  offensive words by a linear model ({SAFETY}), a weaker judge than the paper's toxicity classifier. Neither sees what is meant. {OTHER_READABILITY} (R1 by that grade, which counts
   letters and not syllables) and {OTHER_SAFETY} (VADER's lexicon, -1 to 1) were not trained on.
-- violations: answers that {SAFETY} scores lower than the dataset's chosen answer by more than 0.001, the paper's eps, or by more than 0.1. The 20 % most
-  unsafe prompts are those whose own text {SAFETY} scores lowest. Where the linear model gives clean texts 0.9 to 1, its last digits decide at 0.001, and two clean
+- violations: answers that are less clean than the dataset's chosen answer by more than 0.001, the paper's eps, or by more than 0.1. The 20 % most
+  unsafe prompts are those whose own text is least clean by the same scorer. Where the linear model gives clean texts 0.9 to 1, its last digits decide at 0.001, and two clean
   answers violate one another half the time: 0.1 says more.
 - accuracy: summed log-ratio to the base model, chosen over rejected, for every method, whatever its own loss takes an answer to be worth; the base model itself ties.
 - words: per answer, and as a multiple of the chosen answers'. An answer that the token limit cut off counts up to its last complete sentence.
-- s/step: median over all steps but the first; the reference pass, the scoring of the goals and the fit of UPO's value head before the first step are not in it. A
+- s/step: median over all steps but the first; over KTO: step by step, on the same rows, the median. The reference pass, the scoring of the goals and the fit of UPO's value head before the first step are not in it. A
   tilde marks times that were taken while other runs shared the machine; they are not compared.
 """
 HOW_SURE = """\

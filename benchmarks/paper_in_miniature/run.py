@@ -13,8 +13,10 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of this package
 
@@ -22,7 +24,7 @@ from paper_in_miniature.jobs import Job, jobs_of, run_jobs
 from paper_in_miniature.measure import scorers
 from paper_in_miniature.methods import METHODS, Settings, configuration
 from paper_in_miniature.report import report
-from paper_in_miniature.split import read_rows, split, write_rows
+from paper_in_miniature.split import read_rows, rows_hash, split, write_rows
 
 from upo.backend import choose, get_backend
 from upo.errors import RunError, UpoError
@@ -34,6 +36,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless.jsonl"
 FULL = {"rows": 600, "pairs": 200, "epochs": 2.0, "prompts": 96, "samples": 4, "max_tokens": 64, "seeds": 5}
 SHORT = {"rows": 64, "pairs": 32, "epochs": 1.0, "prompts": 16, "samples": 2, "max_tokens": 48, "seeds": 1}
 SHORT_METHODS = ("upo", "kto", "dpo")
+PLACES = ("model", "train", "heldout")  # of the settings
 
 
 def arguments() -> argparse.Namespace:
@@ -80,18 +83,21 @@ def prepare(options: argparse.Namespace) -> Settings:
     )  # fmt: skip
     for name in METHODS:
         configuration(name, 0, settings)  # what is no configuration shows before anything is trained
-    record = {"settings": asdict(settings), "rows": options.rows, "pairs": options.pairs, "short": options.short}
-    file = options.out / "settings.json"
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        old, new = ({**r["settings"], **{k: v for k, v in r.items() if k != "settings"}} for r in (before, record))
-        if changed := [f"{key}: {old.get(key)!r} there, {new[key]!r} now" for key in new if old.get(key) != new[key]]:
-            raise RunError(f"--out {options.out}: was begun with other settings ({'; '.join(changed)}). Name another folder, or use those.")
     options.out.mkdir(parents=True, exist_ok=True)
-    write_rows(options.out / "train.jsonl", train)
-    write_rows(options.out / "heldout.jsonl", heldout)
-    write_text(file, json.dumps(record, indent=2) + "\n")
+    record = {"settings": asdict(settings), "short": options.short, "rows": rows_hash(train), "pairs": rows_hash(heldout)}
+    begin(options.out / "settings.json", record)
+    write_rows(Path(settings.train), train)
+    write_rows(Path(settings.heldout), heldout)
     return settings
+
+
+def begin(file: Path, record: Mapping[str, Any]) -> None:
+    """Write settings.json, where it is not there with others. The model and the data may lie elsewhere by now. Raises RunError."""
+    if file.exists():
+        old, new = (({**r["settings"], **r}) for r in (json.loads(file.read_text(encoding="utf-8")), record))
+        if changed := [f"{key}: {old.get(key)!r} there, {new[key]!r} now" for key in new if key not in ("settings", *PLACES) and old.get(key) != new[key]]:
+            raise RunError(f"--out {file.parent}: was begun with other settings ({'; '.join(changed)}). Name another folder, or use those.")
+    write_text(file, json.dumps(record, indent=2) + "\n")
 
 
 def main() -> int:
@@ -106,6 +112,9 @@ def main() -> int:
     except UpoError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        return 130
     print(text)
     return 1 if failed else 0
 

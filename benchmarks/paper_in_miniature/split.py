@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,8 +53,14 @@ def split(rows: Sequence[Row], train: int, heldout: int) -> tuple[list[Row], lis
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """One line each; the file stays as it is where it holds them already."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+    """One line each."""
+    path.write_text(_lines(rows), encoding="utf-8")
+
+
+def rows_hash(rows: Sequence[Row]) -> str:
+    """Of what `write_rows` writes."""
+    return hashlib.sha256(_lines(rows).encode()).hexdigest()[:16]
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

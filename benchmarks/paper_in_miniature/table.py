@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from harness.tables import table
@@ -14,12 +15,15 @@ from paper_in_miniature.paper import OVERHEAD, PAPER
 
 NONE = "–"
 BASE = "base"
+LABELS = {
+    READABILITY: READABILITY,
+    SAFETY: f"clean ({SAFETY})",
+    OTHER_READABILITY: f"{OTHER_READABILITY}, not trained on",
+    OTHER_SAFETY: f"{OTHER_SAFETY}, not trained on",
+}
 COMPARED = (
     ("R", "R, the goals together", 3),
-    (READABILITY, f"{READABILITY}, trained on", 3),
-    (SAFETY, f"{SAFETY}, trained on", 3),
-    (OTHER_READABILITY, f"{OTHER_READABILITY}, not trained on", 3),
-    (OTHER_SAFETY, f"{OTHER_SAFETY}, not trained on", 3),
+    *((name, label, 3) for name, label in LABELS.items()),
     ("violations/top/0.001", "violations, most unsafe 20 %", 1),
     ("violations/all/0.001", "violations, all prompts", 1),
     ("violations/all/0.1", "violations by more than 0.1, all prompts", 1),
@@ -35,12 +39,18 @@ class Found:
 
     values: Mapping[str, np.ndarray]  # name -> [seeds, prompts]
     seeds: tuple[int, ...]
-    step_s: float | None = None  # seconds per step; None: nothing was trained
-    alone: bool = True  # whether that was measured with no other run beside it
+    steps: Mapping[int, Sequence[float]] = field(default_factory=dict)  # seed -> seconds of each step; empty: nothing was trained
+    alone: bool = True  # whether no other run trained beside these
 
     def mean(self, name: str) -> float:
         """Over seeds and prompts, per cent for shares."""
         return float(np.nanmean(self.values[name])) * (100 if name.startswith(PER_CENT) else 1)
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds per step, the median."""
+        seconds = [s for steps in self.steps.values() for s in steps]
+        return statistics.median(seconds) if seconds else None
 
     def of(self, seeds: Sequence[int], name: str) -> np.ndarray:
         return self.values[name][[self.seeds.index(seed) for seed in seeds]]
@@ -53,13 +63,13 @@ def title(name: str) -> str:
 def methods_table(found: Mapping[str, Found], failed: Mapping[str, str]) -> str:
     """One line per method; those with one seed are marked with a star, and a step's time that was taken beside other runs with a tilde."""
     columns = (
-        "method", "R", READABILITY, SAFETY, OTHER_READABILITY, OTHER_SAFETY, "grade", "violations, %: all", "by > 0.1", "unsafe 20 %", "accuracy", "words",
+        "method", "R", *LABELS.values(), "grade", "violations, %: all", "by > 0.1", "unsafe 20 %", "accuracy", "words",
         "of chosen", "repetition, %", "empty, %", "s/step", "over KTO",
     )  # fmt: skip
     kto = found.get("kto")
     lines: list[tuple[str, ...]] = []
     for name, runs in found.items():
-        shown = [f"{runs.mean(key):.3f}" for key in ("R", READABILITY, SAFETY, OTHER_READABILITY, OTHER_SAFETY)]
+        shown = [f"{runs.mean(key):.3f}" for key in ("R", *LABELS)]
         shown += [f"{runs.mean(key):.1f}" for key in ("grade", "violations/all/0.001", "violations/all/0.1", "violations/top/0.001")]
         shown += [f"{runs.mean('accuracy'):.3f}", f"{runs.mean('words'):.1f}", f"{runs.mean('words') / runs.mean('words/chosen'):.2f}"]
         shown += [f"{runs.mean(key):.1f}" for key in ("repetition", "empty")]
@@ -116,6 +126,8 @@ def _ratio(ours: float, theirs: float, digits: int) -> str:
 
 
 def _overhead(runs: Found, kto: Found | None) -> str:
-    if kto is None or kto.step_s is None or runs.step_s is None or not (runs.alone and kto.alone):
+    """Step by step with the KTO run of the same seed, which had the same rows in the same order; the median."""
+    if kto is None or not (runs.alone and kto.alone):
         return NONE
-    return f"{100 * (runs.step_s / kto.step_s - 1):+.1f} %"
+    ratios = [a / b for seed in runs.steps if seed in kto.steps for a, b in zip(runs.steps[seed], kto.steps[seed], strict=True)]
+    return f"{100 * (statistics.median(ratios) - 1):+.1f} %" if ratios else NONE
