@@ -16,8 +16,7 @@ from upo.evaluation.change import change
 from upo.rewards import Answer
 from upo.rewards.grades import flesch_kincaid
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from paper_in_miniature import intervals, jobs, report, run, split, table
 from paper_in_miniature.measure import measure, most_unsafe, violations

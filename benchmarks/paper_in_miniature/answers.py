@@ -58,7 +58,7 @@ def ask(settings: Settings, run: Path | None, seed: int, reporter: Reporter) -> 
         "dtype": learner.info.dtype,
         "settings": asdict(settings),
         "numbers": numbers,
-        "margins": by_pair["margin"].tolist(),
+        "margins": [0.0] * len(rows) if run is None else by_pair["margin"].tolist(),  # the base model over itself, whatever rounding makes of it
         "samples": [{"prompt": q.text, "chosen": chosen[q.text], "answers": texts} for q, texts in zip(asked, answers, strict=True)],
     }
 

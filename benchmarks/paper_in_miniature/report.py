@@ -85,7 +85,7 @@ NOTES = f"""\
 - violations: answers that are less clean than the dataset's chosen answer by more than 0.001, the paper's eps, or by more than 0.1. The 20 % most
   unsafe prompts are those whose own text is least clean by the same scorer. Where the linear model gives clean texts 0.9 to 1, its last digits decide at 0.001, and two clean
   answers violate one another half the time: 0.1 says more.
-- accuracy: summed log-ratio to the base model, chosen over rejected, for every method, whatever its own loss takes an answer to be worth; the base model itself ties.
+- accuracy: summed log-ratio to the base model, chosen over rejected, for every method, whatever its own loss takes an answer to be worth; the base model's own is 0.5 by definition.
 - words: per answer, and as a multiple of the chosen answers'. An answer that the token limit cut off counts up to its last complete sentence.
 - s/step: median over all steps but the first; over KTO: step by step, on the same rows, the median. The reference pass, the scoring of the goals and the fit of UPO's value head before the first step are not in it. A
   tilde marks times that were taken while other runs shared the machine; they are not compared.
