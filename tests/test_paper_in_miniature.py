@@ -22,7 +22,7 @@ from paper_in_miniature import intervals, jobs, report, run, split, table
 from paper_in_miniature.measure import measure, most_unsafe, violations
 from paper_in_miniature.methods import METHODS, Settings, configuration
 
-SETTINGS = Settings(model="m", backend="torch", dtype="float32", train="train.jsonl", heldout="heldout.jsonl", steps=7)
+SETTINGS = Settings(model="m", backend="torch", dtype="float32", train="train.jsonl", heldout="heldout.jsonl", rows=28, steps=7)
 
 
 # --- What is trained ---------------------------------------------------------------------------------------------------------------
@@ -58,6 +58,35 @@ def test_seeds_belong_to_the_compared_methods():
     assert [job.name for job in made] == ["base-0", "base-1", "upo-0", "sft-0", "kto-0", "upo-1", "kto-1"]
 
 
+def test_jobs_go_on_where_they_were_and_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    called = []
+
+    def call(job, what, arguments, at_once):
+        called.append((job.name, what, at_once, "--resume" in arguments))
+        if job.method == "sft":
+            raise RunError("out of luck.")
+        if what == "train":
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / "summary.json").write_text("{}")
+        else:
+            job.answers.write_text("{}")
+
+    monkeypatch.setattr(jobs, "_call", call)
+    made = jobs.jobs_of(["upo", "sft", "dpo"], 2, tmp_path)
+    assert jobs.run_jobs(made, SETTINGS, tmp_path, 2) == {"sft-0": "out of luck."}
+    assert called[:2] == [("upo-0", "train", 1, False), ("dpo-0", "train", 1, False)]  # alone
+    rest = [("base-0", "answers"), ("base-1", "answers"), ("upo-0", "answers"), ("dpo-0", "answers"), ("sft-0", "train")]
+    rest += [(f"{name}-1", what) for name in ("upo", "dpo") for what in ("train", "answers")]
+    assert sorted(called[2:]) == sorted((*job, 2, False) for job in rest)
+    called.clear()
+    for name in ("config.yaml", "manifest.json"):  # a training that was stopped
+        (tmp_path / "runs" / "sft-0").mkdir(exist_ok=True)
+        (tmp_path / "runs" / "sft-0" / name).write_text("")
+    assert jobs.run_jobs(made, SETTINGS, tmp_path, 1) == {"sft-0": "out of luck."}
+    assert called == [("sft-0", "train", 1, True)]
+    assert (tmp_path / "runs" / "sft-0.jobs").read_text() == "2\n"  # its first steps were not alone
+
+
 # --- Rows --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -88,12 +117,12 @@ def test_too_few_rows_and_bad_rows_are_refused(tmp_path):
 
 
 def test_a_folder_of_other_settings_is_refused_but_not_one_that_moved(tmp_path):
-    record = {"settings": asdict(SETTINGS), "short": False, "rows": "0", "pairs": "1"}
+    record = {"settings": asdict(SETTINGS), "short": False, "train rows": "0", "held-out rows": "1"}
     file = tmp_path / "settings.json"
     run.begin(file, record)
     run.begin(file, {**record, "settings": asdict(replace(SETTINGS, model="elsewhere/m", train="elsewhere/train.jsonl"))})
-    for other in ({**record, "rows": "2"}, {**record, "settings": asdict(replace(SETTINGS, lr=1e-3))}):
-        with pytest.raises(RunError, match=r"(rows|lr): .* there, .* now"):
+    for other in ({**record, "train rows": "2"}, {**record, "settings": asdict(replace(SETTINGS, lr=1e-3))}):
+        with pytest.raises(RunError, match=r"(train rows|lr): .* there, .* now"):
             run.begin(file, other)
 
 
@@ -186,7 +215,7 @@ def folder(tmp_path) -> Path:
     """Two seeds of UPO and KTO and one of SFT, all as files written by hand."""
     made = {
         "base-0": (ANSWERS, None), "base-1": (ANSWERS, None),
-        "upo-0": ((["a b"] * 2,) * 5, (9.0, 2.0, 4.0)), "upo-1": ((["a b c d"] * 2,) * 5, (9.0, 2.0, 2.0)),
+        "upo-0": ((["a b"] * 2,) * 5, (9.0, 2.0, 4.0)), "upo-1": ((["a b c d"] * 2,) * 5, (9.0, 50.0, 50.0)),
         "kto-0": ((["x a"] * 2,) * 5, (9.0, 1.0, 2.0)), "kto-1": ((["xxx a"] * 2,) * 5, (9.0, 1.0, 2.0)), "sft-0": ((["xx"] * 2,) * 5, (9.0, 8.0, 8.0)),
     }  # fmt: skip
     for job in jobs.jobs_of(["upo", "kto", "sft"], 2, tmp_path):
@@ -197,7 +226,9 @@ def folder(tmp_path) -> Path:
             job.folder.mkdir(parents=True)
             lines = [{"eval": True, "seconds": 5}, *({"seconds": s} for s in steps), {"eval": True, "seconds": 5}]
             (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            job.beside.write_text("3\n" if job.method == "sft" else "1\n")
+            job.log.parent.mkdir(exist_ok=True)
+            job.log.write_text("tokenise\nWarning: 1 row dropped.\nWarning: 1 row dropped.\n" if job.method == "kto" else "tokenise\n")
+            job.beside.write_text("3\n" if job.name in ("sft-0", "upo-1") else "1\n")
     return tmp_path
 
 
@@ -216,13 +247,14 @@ def test_table_of_a_few_runs(folder):
     assert [kto[i] for i in (7, 9)] == ["80.0", "50.0"] and [upo[i] for i in (7, 9)] == ["0.0", "0.0"]
     assert (upo[10], kto[10]) == ("1.000", "0.000")
     assert (upo[11], upo[12]) == ("3.0", "1.50")  # 2 and 4 words; chosen answers have 2 on average
-    assert upo[15:] == ["2", "+100.0 %"]  # steps but the first: 2, 4 and 2, 2 against 1, 2 and 1, 2; ratios 2, 2, 2, 1
+    assert upo[15:] == ["3", "+100.0 %"]  # steps but the first of the seed that was alone: 2, 4 against 1, 2
     assert sft[15:] == ["~8", "–"]  # other runs were beside it
     assert cells(text, "R, the goals together")[1] == "+0.200 [+0.100, +0.300]"  # by seed 0.1 and 0.3, the same for all prompts
     assert cells(text, "violations, most unsafe 20 %, points")[1] == "-50.0 [-100.0, +0.0]"
     assert "UPO - DPO" not in text
     beside = text[text.index("## Beside the paper") :]
     assert cells(beside, "KTO")[1:5] == ["0.51 / 0.27 = 1.89", "1.000 / 0.800 = 1.25", "29.6 / 43.9 = 0.67", "0.0 / 50.0 = 0.00"]
+    assert text.endswith("\n- kto-0, kto-1: 1 row dropped.\n")
     numbers = json.loads((folder / "table.json").read_text())
     assert numbers["methods"]["upo"]["seeds"] == [0, 1] and len(numbers["methods"]["upo"]["R"]) == 2
     assert numbers["methods"]["base"]["grade"][0][3] is None

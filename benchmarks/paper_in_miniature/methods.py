@@ -24,6 +24,7 @@ class Settings:
     dtype: str
     train: str  # file with the rows
     heldout: str  # file with other prompts
+    rows: int  # to train on
     steps: int
     batch_size: int = 8
     max_length: int = 512

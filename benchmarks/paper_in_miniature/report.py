@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from upo.errors import RunError
 from upo.rewards import Scorer
 from upo.training.files import write_text
 
+WARNING = "Warning: "  # as the command line writes it
 SMALL = "**A short run, to see that everything works: too small to conclude anything.**\n\n"
 
 
@@ -41,10 +42,22 @@ def report(jobs: Sequence[Job], failed: Mapping[str, str], out: Path, by: Mappin
     if paper := paper_table(found):
         text += f"\n## Beside the paper\n\n{paper}\n{PAPER_NOTES}"
     text += "".join(f"\n{name} FAILED: {why}\n" for name, why in failed.items())
+    if told := warnings(records):
+        text += "\n## What the runs warned about\n\n" + "".join(f"- {', '.join(names)}: {line}\n" for line, names in told.items())
     numbers = {name: {"seeds": f.seeds, "step_s": f.step_s, "alone": f.alone, **{k: v.tolist() for k, v in f.values.items()}} for name, f in found.items()}
     write_text(out / "table.md", text)
     write_text(out / "table.json", json.dumps({"short": short, "failed": dict(failed), "settings": first["settings"], "methods": _finite(numbers)}, indent=1) + "\n")
     return text
+
+
+def warnings(jobs: Iterable[Job]) -> dict[str, list[str]]:
+    """Each warning, such as that of rows which were too long, with the runs that gave it."""
+    found: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        for line in job.log.read_text(encoding="utf-8").splitlines() if job.log.exists() else ():
+            if line.startswith(WARNING):
+                found.setdefault(line.removeprefix(WARNING), {})[job.name] = None
+    return {line: list(names) for line, names in found.items()}
 
 
 def about(records: Sequence[Mapping[str, Any]], jobs: Sequence[Job]) -> str:
@@ -56,7 +69,7 @@ def about(records: Sequence[Mapping[str, Any]], jobs: Sequence[Job]) -> str:
     goals = " + ".join(f"{goal['weight']:g} {goal['scorer']}" for goal in GOALS)
     return (
         f"{Path(settings['model']).name} ({where}), LoRA on all linear layers, {settings['steps']} steps of "
-        f"{settings['batch_size']} pairs for every method, learning rate {settings['lr']:g} for all of them, UPO with gamma {settings['gamma']:g} from the first step "
+        f"{settings['batch_size']} pairs, of {settings['rows']}, for every method, learning rate {settings['lr']:g} for all of them, UPO with gamma {settings['gamma']:g} from the first step "
         f"on. Seeds: {several}; a star marks methods with one. Goals: R = {goals}. {len(record['samples'])} held-out prompts of conversations that are not trained "
         f"on, {settings['samples']} answers to each of at most {settings['max_tokens']} tokens; accuracy on {len(record['margins'])} held-out pairs.\n"
     )

@@ -33,7 +33,7 @@ from upo.training.files import check_writable, write_text
 from upo.training.reporter import Silent
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless.jsonl"
-FULL = {"rows": 600, "pairs": 200, "epochs": 2.0, "prompts": 96, "samples": 4, "max_tokens": 64, "seeds": 5}
+FULL = {"rows": 608, "pairs": 200, "epochs": 2.0, "prompts": 96, "samples": 4, "max_tokens": 64, "seeds": 5}
 SHORT = {"rows": 64, "pairs": 32, "epochs": 1.0, "prompts": 16, "samples": 2, "max_tokens": 48, "seeds": 1}
 SHORT_METHODS = ("upo", "kto", "dpo")
 PLACES = ("model", "train", "heldout")  # of the settings
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="a few minutes, too small to conclude anything: " + ", ".join(f"{k} {v}" for k, v in SHORT.items()))
     parser.add_argument("--only", choices=METHODS, action="append", help="train these methods only; may be repeated")
     parser.add_argument("--seeds", type=int, help="of UPO, KTO and DPO; the others have one  [default: 5]")
-    parser.add_argument("--rows", type=int, help="pairs to train on  [default: 600]")
+    parser.add_argument("--rows", type=int, help="pairs to train on  [default: 608]")
     parser.add_argument("--pairs", type=int, help="held-out pairs, of other conversations  [default: 200]")
     parser.add_argument("--epochs", type=float, help="passes over the pairs  [default: 2]")
     parser.add_argument("--prompts", type=int, help="held-out prompts that are answered  [default: 96]")
@@ -78,13 +78,13 @@ def prepare(options: argparse.Namespace) -> Settings:
     batch = Settings.batch_size
     settings = Settings(
         model=options.model or str(model_folder(Silent())), backend=backend, dtype=dtype, train=str(options.out / "train.jsonl"),
-        heldout=str(options.out / "heldout.jsonl"), steps=math.ceil(options.rows * options.epochs / batch), lr=options.lr, gamma=options.gamma,
+        heldout=str(options.out / "heldout.jsonl"), rows=options.rows, steps=math.ceil(options.rows * options.epochs / batch), lr=options.lr, gamma=options.gamma,
         prompts=options.prompts, samples=options.samples, max_tokens=options.max_tokens,
     )  # fmt: skip
     for name in METHODS:
         configuration(name, 0, settings)  # what is no configuration shows before anything is trained
     options.out.mkdir(parents=True, exist_ok=True)
-    record = {"settings": asdict(settings), "short": options.short, "rows": rows_hash(train), "pairs": rows_hash(heldout)}
+    record = {"settings": asdict(settings), "short": options.short, "train rows": rows_hash(train), "held-out rows": rows_hash(heldout)}
     begin(options.out / "settings.json", record)
     write_rows(Path(settings.train), train)
     write_rows(Path(settings.heldout), heldout)
