@@ -33,7 +33,7 @@ def test_all_methods_have_the_same_steps_batches_schedule_and_adapter_and_their_
     one = configs["kto"]
     for name, config in configs.items():
         assert (config.train, config.optimizer, config.adapter, config.data.train) == (one.train, one.optimizer, one.adapter, "train.jsonl"), name
-    assert (one.train.steps, one.train.seed, one.optimizer.lr) == (7, 3, 2e-4)
+    assert (one.train.steps, one.train.seed, one.optimizer.lr) == (7, 3, 3e-4)
     assert len({config.objective.model_dump_json() for config in configs.values()}) == len(METHODS)
 
 
@@ -74,10 +74,9 @@ def test_jobs_go_on_where_they_were_and_one_that_fails_does_not_stop_the_others(
     monkeypatch.setattr(jobs, "_call", call)
     made = jobs.jobs_of(["upo", "sft", "dpo"], 2, tmp_path)
     assert jobs.run_jobs(made, SETTINGS, tmp_path, 2) == {"sft-0": "out of luck."}
-    assert called[:2] == [("upo-0", "train", 1, False), ("dpo-0", "train", 1, False)]  # alone
-    rest = [("base-0", "answers"), ("base-1", "answers"), ("upo-0", "answers"), ("dpo-0", "answers"), ("sft-0", "train")]
-    rest += [(f"{name}-1", what) for name in ("upo", "dpo") for what in ("train", "answers")]
-    assert sorted(called[2:]) == sorted((*job, 2, False) for job in rest)
+    rest = [("base-0", "answers"), ("base-1", "answers"), ("sft-0", "train")]
+    rest += [(f"{name}-{seed}", what) for name in ("upo", "dpo") for what in ("train", "answers") for seed in (0, 1)]
+    assert sorted(called) == sorted((*job, 2, False) for job in rest)
     called.clear()
     for name in ("config.yaml", "manifest.json"):  # a training that was stopped
         (tmp_path / "runs" / "sft-0").mkdir(exist_ok=True)

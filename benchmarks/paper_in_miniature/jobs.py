@@ -58,21 +58,15 @@ def jobs_of(names: Sequence[str], seeds: int, out: Path) -> list[Job]:
 
 
 def run_jobs(jobs: Sequence[Job], settings: Settings, out: Path, at_once: int) -> dict[str, str]:
-    """All that is not done yet; returns {name of a job: why it failed}.
-
-    With several at once, the first seed of the methods that have more is trained alone: it fills the caches of references and rewards that the
-    others use, and its steps are timed without company.
-    """
+    """All that is not done yet; returns {name of a job: why it failed}."""
     for folder in ("runs", "answers", "logs", "configs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    alone = [job for job in jobs if at_once > 1 and job.seed == 0 and job.method != BASE and METHODS[job.method].seeded]
-    failed = _all(alone, 1, lambda job: _train(job, settings, 1))
 
     def both(job: Job) -> None:
         _train(job, settings, at_once)
         _ask(job, at_once)
 
-    return failed | _all([job for job in jobs if job.name not in failed], at_once, both)
+    return _all(jobs, at_once, both)
 
 
 def _all(jobs: Sequence[Job], at_once: int, work: Callable[[Job], None]) -> dict[str, str]:

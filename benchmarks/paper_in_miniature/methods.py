@@ -28,8 +28,8 @@ class Settings:
     steps: int
     batch_size: int = 8
     max_length: int = 512
-    lr: float = 2e-4
-    gamma: float = 3.0  # of UPO alone: how much the goals count
+    lr: float = 3e-4
+    gamma: float = 0.5  # of UPO alone, the paper's: how much the goals count
     prompts: int = 96  # held-out ones that are answered
     samples: int = 4  # to each
     max_tokens: int = 64

@@ -33,7 +33,7 @@ from upo.training.files import check_writable, write_text
 from upo.training.reporter import Silent
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless.jsonl"
-FULL = {"rows": 608, "pairs": 200, "epochs": 2.0, "prompts": 96, "samples": 4, "max_tokens": 64, "seeds": 5}
+FULL = {"rows": 800, "pairs": 200, "epochs": 1.0, "prompts": 96, "samples": 4, "max_tokens": 64, "seeds": 5}
 SHORT = {"rows": 64, "pairs": 32, "epochs": 1.0, "prompts": 16, "samples": 2, "max_tokens": 48, "seeds": 1}
 SHORT_METHODS = ("upo", "kto", "dpo")
 PLACES = ("model", "train", "heldout")  # of the settings
@@ -49,15 +49,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="a few minutes, too small to conclude anything: " + ", ".join(f"{k} {v}" for k, v in SHORT.items()))
     parser.add_argument("--only", choices=METHODS, action="append", help="train these methods only; may be repeated")
     parser.add_argument("--seeds", type=int, help="of UPO, KTO and DPO; the others have one  [default: 5]")
-    parser.add_argument("--rows", type=int, help="pairs to train on  [default: 608]")
+    parser.add_argument("--rows", type=int, help="pairs to train on  [default: 800]")
     parser.add_argument("--pairs", type=int, help="held-out pairs, of other conversations  [default: 200]")
-    parser.add_argument("--epochs", type=float, help="passes over the pairs  [default: 2]")
+    parser.add_argument("--epochs", type=float, help="passes over the pairs  [default: 1]")
     parser.add_argument("--prompts", type=int, help="held-out prompts that are answered  [default: 96]")
     parser.add_argument("--samples", type=int, help="answers to each  [default: 4]")
     parser.add_argument("--max-tokens", type=int, help="longest answer  [default: 64]")
     parser.add_argument("--lr", type=float, default=Settings.lr, help="of all methods  [default: %(default)s]")
     parser.add_argument("--gamma", type=float, default=Settings.gamma, help="how much UPO's goals count beside its preferences  [default: %(default)s]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once on this machine, after one seed of UPO, KTO and DPO each, which are timed alone")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once on this machine, whose steps then are no measure of time")
     options = parser.parse_args()
     for name, value in (SHORT if options.short else FULL).items():
         if getattr(options, name) is None:
