@@ -32,7 +32,7 @@ from upo.cache import cache_dir, cache_root  # noqa: E402
 if installed("mlx"):  # on Linux its wheel brings the reference BLAS (5 GFLOP/s); this loads a real one before anything imports mlx.core
     importlib.import_module("upo_mlx.device")
 
-USER_CACHE = cache_root()
+USER_CACHE = Path(os.environ.setdefault("UPO_CACHE_OF_USER", str(cache_root())))  # the processes of `pytest -n` start with a cache of the tests
 BACKENDS = ("torch", "mlx")
 
 
