@@ -19,6 +19,12 @@ GOAL = {"rewards": [{"scorer": "readability"}]}
 EXAMPLES = sorted(path for path in (Path(__file__).parents[2] / "examples").glob("*.yaml") if path.stem != "sweep")  # whose points are configurations
 
 
+def test_a_file_may_be_named_like_a_share(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "5%").touch()
+    assert load_config({**MINIMAL, "data": {"train": "rows.jsonl", "eval": "5%"}}).data.eval == "5%"
+
+
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
@@ -126,6 +132,8 @@ def test_dump_loads_to_the_same(path):
         ({"train": {"batch_size": True}}, "train.batch_size: true and false (yes, no, on, off) mean nothing here"),
         ({"train": {"gradient_checkpointing": "maybe"}}, "train.gradient_checkpointing: must be auto, true or false (got 'maybe')"),
         ({"data": {"train": "a", "eval": 1}}, "data.eval: as a number it is the held-out share"),
+        ({"data": {"train": "a", "eval": "5%"}}, "data.eval: there is no file of this name; as a share write 0.05 (got '5%')"),
+        ({"data": {"train": "a", "eval": "12.5 %"}}, "data.eval: there is no file of this name; as a share write 0.125 (got '12.5 %')"),
         ({"data": {"train": "a", "eval": [1]}}, "data.eval: must be a share below 1, or the name of a file"),
         ({"data": {}}, "data.train: required, but not given"),
         ({"adapter": {"targets": []}}, "adapter.targets: must be all-linear or a list of module names"),

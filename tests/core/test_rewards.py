@@ -244,7 +244,7 @@ def test_numpy_results_are_numbers(code) -> None:
 @pytest.mark.parametrize(
     ("body", "error", "message"),
     [
-        ("return [0.0]", UpoError, "returned 1 numbers for 2 completions"),
+        ("return [0.0]", UpoError, "returned 1 number for 2 completions"),
         ("return 1.0", UpoError, "returned float instead of a list"),
         ("return None", UpoError, "returned NoneType instead of a list"),
         ("return [0.0, float('nan')]", DataError, r"d\.jsonl:2: scorer f returned nan"),

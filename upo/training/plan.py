@@ -13,7 +13,7 @@ from upo.backend import choose, get_backend, installed
 from upo.config import RunConfig
 from upo.data.batch import Example, collate, micro_batches
 from upo.data.forest import padded_size
-from upo.errors import BackendError, ConfigError, did_you_mean
+from upo.errors import ConfigError, did_you_mean
 from upo.memory import Estimate, Shapes, choose_recomputing, estimate, largest, model_shapes
 from upo.training.prepare import Prepared, prepare
 from upo.training.reference import pass_size
@@ -26,6 +26,8 @@ def plan(config: RunConfig, *, allow_code: bool = False, reporter: Reporter | No
     Rewards are not scored. Raises an UpoError.
     """
     reporter = reporter or Silent()
+    if installed(choose(config.backend)):  # a plan can be made without
+        get_backend(config.backend).check(config)
     prepared = prepare(config, allow_code=allow_code, reporter=reporter, score=False)
     assert prepared.folder is not None
     shapes = model_shapes(prepared.folder)
@@ -96,10 +98,7 @@ def recomputing(config: RunConfig, shapes: Shapes, adapter: int) -> tuple[bool, 
         return asked, "on" if asked else "off"
     if not installed(name):
         return False, f"decided when the model is loaded ({name} is not installed here)"
-    try:
-        device, free = get_backend(name).free_memory(config.device)
-    except BackendError as error:
-        return False, f"decided when the model is loaded ({error})"
+    device, free = get_backend(name).free_memory(config.device)
     found = needs(config, shapes, adapter, largest(config), config.train.max_length)
     recompute, (note,) = choose_recomputing(config, found, free, device)
     return recompute, note.partition(": ")[2].rstrip(".")
