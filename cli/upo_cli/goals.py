@@ -46,7 +46,8 @@ def parse_goals(rewards: Sequence[str], option: str = "--reward") -> list[Reward
             goals.append(RewardConfig.model_validate(parse_mapping(reward, option)))
         except ValidationError as error:
             first = error.errors()[0]
-            raise ConfigError(f"{option} {reward}: {'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}.") from None
+            where = "".join(f"{key}: " for key in first["loc"])
+            raise ConfigError(f"{option} {reward}: {where}{first['msg'].removeprefix('Value error, ').rstrip('.')}.") from None
     return goals
 
 

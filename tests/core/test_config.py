@@ -158,6 +158,19 @@ def test_every_fault_has_a_line_of_its_own(tmp_path):
     ]
 
 
+def test_a_scorer_is_refused_at_its_line(tmp_path):
+    """Its name and its options, of the objective's goals and of those of the evaluation, wherever they come from."""
+    goals = "objective:\n  preset: upo\n  auxiliary:\n    rewards:\n      - length\n      - {scorer: lenght}\n      - scorer: length\n        hi: 3\nevaluation:\n  goals: [{scorer: length, high: many}, {scorer: python}]\n"
+    path = write(tmp_path, "model: m\ndata: {train: a}\n" + goals)
+    assert refused(path).splitlines() == [
+        f'{path}:8: objective.auxiliary.rewards.1: unknown scorer "lenght". Did you mean "length"?',
+        f'{path}:9: objective.auxiliary.rewards.2: scorer length has no option "hi". Did you mean "high"?',
+        f"{path}:12: evaluation.goals.0: scorer length: high must be a number (got 'many').",
+        f'{path}:12: evaluation.goals.1: python: function must be FILE.py:NAME, MODULE:NAME or an entry point of upo.scorers (got "").',
+    ]
+    assert refused(MINIMAL, "evaluation.goals=[lenght]") == '--set evaluation.goals.0: unknown scorer "lenght". Did you mean "length"?'
+
+
 def test_the_line_of_a_missing_key_is_its_section(tmp_path):
     assert refused(write(tmp_path, "model: m\n\ndata:\n  eval: 0.1\n")) == f"{tmp_path}/run.yaml:3: data.train: required, but not given"
 

@@ -35,14 +35,18 @@ SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in ALL}
 
 def build_scorer(name: str, allow_code: bool = False, **options: Any) -> Scorer:
     """The scorer with these options, checked to work. Raises ConfigError for an unknown scorer or option, or code that is not allowed."""
-    if name not in SCORERS:
-        raise ConfigError(f'unknown scorer "{name}".{did_you_mean(name, SCORERS)}')
-    values = options_of(SCORERS[name], f"scorer {name}", options)
+    scorer = make_scorer(name, options)
     if name == Python.name and not allow_code:
         raise ConfigError("scorer python runs code named by the configuration. If you trust it, add --allow-code to the command.")
-    scorer = SCORERS[name](**values)
     scorer.check()
     return scorer
+
+
+def make_scorer(name: str, options: Mapping[str, Any]) -> Scorer:
+    """The scorer with these options, of which nothing is loaded, opened or run. Raises ConfigError for an unknown scorer or option."""
+    if name not in SCORERS:
+        raise ConfigError(f'unknown scorer "{name}".{did_you_mean(name, SCORERS)}')
+    return SCORERS[name](**options_of(SCORERS[name], f"scorer {name}", options))
 
 
 def options_of(kind: type, what: str, given: Mapping[str, Any]) -> dict[str, Any]:
