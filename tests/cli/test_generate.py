@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import types
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from upo_cli.main import main
 
 from upo import adapters
 from upo.config import load_config
-from upo.models import context
 
 ADAPTER = {
     "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": np.ones((2, 4), np.float32),
@@ -56,14 +54,9 @@ def fake(monkeypatch, tmp_path):
 
     fake = Fake()
     monkeypatch.setattr(command, "get_backend", lambda name: fake)
-    for name, attribute, value in (
-        ("upo.data.tokenizer", "load_tokenizer", lambda folder: fake),
-        ("upo.models", "resolve", lambda model, revision=None: Path(model)),
-    ):
-        module = types.ModuleType(name)
-        setattr(module, attribute, value)
-        monkeypatch.setitem(sys.modules, name, module)
-    module.model_config, module.context = lambda folder: ({"max_position_embeddings": fake.context}, None), context
+    monkeypatch.setattr("upo.data.tokenizer.load_tokenizer", lambda folder: fake)
+    monkeypatch.setattr("upo.models.resolve", lambda model, revision=None: Path(model))
+    monkeypatch.setattr("upo.models.model_config", lambda folder: ({"max_position_embeddings": fake.context}, []))
     monkeypatch.chdir(tmp_path)
     for variable in ("RANK", "MLX_RANK"):
         monkeypatch.delenv(variable, raising=False)
