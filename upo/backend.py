@@ -145,12 +145,16 @@ class Learner(Protocol):
 
 
 class Backend(Protocol):
-    """The module `upo_torch` or `upo_mlx`: `name`, `load`, `fast_dtype`, `free_memory` and `device_report` at module level."""
+    """The module `upo_torch` or `upo_mlx`: `name`, `load`, `check`, `fast_dtype`, `free_memory` and `device_report` at module level."""
 
     name: str
 
     def load(self, config: RunConfig) -> Learner:
         """Model, adapter, reference and optimizer as configured; initialises the ranks."""
+        ...
+
+    def check(self, config: RunConfig) -> None:
+        """Raises the BackendError that `load` would, for a device, a memory limit or a quantisation that cannot be had here; loads no model."""
         ...
 
     def fast_dtype(self) -> str:

@@ -4,6 +4,7 @@ keys are errors."""
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +43,8 @@ class DataConfig(Section):
             raise ValueError("must be a share below 1, or the name of a file or dataset")
         if isinstance(value, (int, float)) and not 0 <= value < 1:
             raise ValueError("as a number it is the held-out share of the rows, from 0 (none) to below 1")
+        if isinstance(value, str) and (share := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value)) and not Path(value).exists():
+            raise ValueError(f"there is no file of this name; as a share write {float(share[1]) / 100:g}")
         return value
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from upo.config_section import Section, as_number, listed
+from upo.errors import ConfigError
 from upo.losses import Auxiliary, Objective, Term, build_loss
 
 
@@ -50,6 +51,15 @@ class RewardConfig(Section):
     def _name_alone(cls, data: Any) -> Any:
         return {"scorer": data} if isinstance(data, str) else data
 
+    @model_validator(mode="after")
+    def _known(self) -> RewardConfig:
+        from upo.rewards.registry import make_scorer  # whose modules import the configuration
+
+        try:
+            make_scorer(self.scorer, self.model_extra or {})
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @field_validator("clip", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,13 @@ def weights_hash(folder: Path | str) -> str:
                     file.seek(entry.begin + start)
                     digest.update(file.read(min(block, size - start)))
     return digest.hexdigest()[:16]
+
+
+def context(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model (`config`: its config.json) was made for; None where that is not known, or its positions are stretched."""
+    text = config.get("text_config") or config
+    limit = text.get("max_position_embeddings") or text.get("n_positions")
+    ropes = [text.get("rope_scaling"), text.get("rope_parameters")]
+    if any(isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type", "default")) != "default" for rope in ropes):
+        return None
+    return limit if type(limit) is int else None

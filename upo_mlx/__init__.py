@@ -29,6 +29,15 @@ def write_model(source: Path, folder: Path, bits: int | None, group: int) -> lis
     return quantize.write_model(source, folder, bits, group)
 
 
+def check(config: RunConfig) -> None:
+    """Raises the BackendError that `load` would, for a device, a memory limit or a quantisation that cannot be had here; loads no model."""
+    _need("mlx.core")
+    from upo_mlx import device
+
+    device.check_quantize(config.quantize)
+    device.limit_memory(config.train, device.choose_device(config.device))
+
+
 def fast_dtype() -> str:
     """The dtype that the default device multiplies fastest."""
     from upo_mlx import device

@@ -75,7 +75,7 @@ BLAS = _use_fast_blas()
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
-__all__ = ["BLAS", "MlxComm", "choose_device", "choose_dtype", "device_report", "limit_memory", "matmul_rate", "mx", "nn", "peak_memory_gb", "share_threads", "to_numpy"]
+__all__ = ["BLAS", "MlxComm", "check_quantize", "choose_device", "choose_dtype", "device_report", "limit_memory", "matmul_rate", "mx", "nn", "peak_memory_gb", "share_threads", "to_numpy"]
 
 
 def has_gpu() -> bool:
@@ -108,6 +108,12 @@ def choose_dtype(name: str, device: str) -> tuple[Any, list[str]]:
     slow = device == "cpu" and sys.platform == "linux" and name != "float32"
     notes = [f"dtype: MLX multiplies {name} on a Linux CPU about 30 times slower than float32; use dtype: float32"] if slow else []
     return getattr(mx, name), notes
+
+
+def check_quantize(name: str) -> None:
+    """Raises BackendError for a quantisation, which in MLX is the model folder's."""
+    if name != "none":
+        raise BackendError(f"quantize: {name} needs bitsandbytes on CUDA (--backend torch). For MLX give a model folder quantised by mlx-lm.")
 
 
 def fast_dtype() -> str:

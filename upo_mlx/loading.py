@@ -8,7 +8,6 @@ from typing import Any
 from upo import memory, models
 from upo.backend import ModelInfo
 from upo.config import RunConfig
-from upo.errors import BackendError
 from upo.flops import sizes_of
 from upo.targets import policy_adapter, reference_adapters
 from upo_mlx import device
@@ -22,8 +21,7 @@ Array = mx.array
 
 def load_learner(config: RunConfig) -> MlxLearner:
     """Model, adapter, reference and optimizer as configured; initialises the ranks. Raises ModelError, ConfigError or BackendError."""
-    if config.quantize != "none":
-        raise BackendError(f"quantize: {config.quantize} needs bitsandbytes on CUDA (--backend torch). For MLX give a model folder quantised by mlx-lm.")
+    device.check_quantize(config.quantize)
     where = device.choose_device(config.device)
     device.limit_memory(config.train, where)
     dtype, notes = device.choose_dtype(config.dtype, where)

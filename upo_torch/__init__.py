@@ -30,6 +30,16 @@ def classifier(folder: Path, dtype: str) -> Classifier:
     return Classifier(folder, dtype)
 
 
+def check(config: RunConfig) -> None:
+    """Raises the BackendError that `load` would, for a device, a memory limit or a quantisation that cannot be had here; loads no model."""
+    _need("torch")
+    from upo_torch import device
+
+    where = device.choose_device(config.device)
+    device.limit_memory(config.train, where)
+    device.check_quantize(config.quantize, where)
+
+
 def fast_dtype() -> str:
     """The dtype that the default device multiplies fastest."""
     from upo_torch import device

@@ -10,6 +10,7 @@ import shutil
 import sys
 from datetime import timedelta
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,16 @@ def limit_memory(train: TrainConfig, device: torch.device) -> None:
         raise BackendError(f"train.memory_limit_gb: PyTorch has no limit on {device.type}, only on CUDA. Lower train.micro_batch_tokens instead.")
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, train.memory_limit_gb * 1e9 / total), device)
+
+
+def check_quantize(name: str, device: torch.device) -> None:
+    """Raises BackendError for a quantisation that cannot be had on this device."""
+    if name == "none":
+        return
+    if device.type != "cuda":  # on CPUs bitsandbytes repacks the weights for inference, and then returns a wrong gradient without an error
+        raise BackendError(f"quantize: {name} needs CUDA, and this is {device.type}. Use quantize: none, or on MLX a model folder quantised by mlx-lm.")
+    if find_spec("bitsandbytes") is None:
+        raise BackendError(f'quantize: {name} needs bitsandbytes: pip install "upo[quantized]"')
 
 
 def fast_dtype() -> str:

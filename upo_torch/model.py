@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from upo.adapters import Adapter, lora_name
 from upo.data.forest import Layout
 from upo.data.packed import Packed
-from upo.errors import BackendError, ConfigError, ModelError, UpoError
+from upo.errors import ConfigError, ModelError, UpoError
 from upo.models import NOT_FINITE, is_quantized_mlx, model_config
 from upo.targets import some
 from upo_torch.attention import Attention
+from upo_torch.device import check_quantize
 
 POLICY, REFERENCE = "default", "reference"  # PEFT's name of the adapter to train, and how those of references begin
 
@@ -224,6 +225,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
         raise ModelError(f"{folder}: an MLX {raw['quantization'].get('bits')}-bit model. Use --backend mlx, or the original model with quantize: nf4 on CUDA.")
     kind = known_kind(folder, raw)
     options: dict[str, Any] = {}
+    check_quantize(quantize, device)
     if quantize == "nf4":
         options = _nf4(dtype, device)
     with loading(folder, "this model"):
@@ -296,12 +298,6 @@ def quiet() -> Iterator[None]:
 
 
 def _nf4(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    from importlib.util import find_spec
-
-    if device.type != "cuda":  # on CPUs bitsandbytes repacks the weights for inference, and then returns a wrong gradient without an error
-        raise BackendError(f"quantize: nf4 needs CUDA, and this is {device.type}. Use quantize: none, or on MLX a model folder quantised by mlx-lm.")
-    if find_spec("bitsandbytes") is None:
-        raise BackendError('quantize: nf4 needs bitsandbytes: pip install "upo[quantized]"')
     from transformers import BitsAndBytesConfig
 
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True)

@@ -145,6 +145,7 @@ def _show_findings(report: CheckReport, console: Console) -> None:
     from upo.data.notes import Notes, places, plural
 
     findings = [("yellow" if warning else "dim", text) for warning, text in Notes(report.notes).lines()]
+    findings += [("yellow", f"{plural(len(rows), 'row')} without a finite number in column {name} ({places(rows)}).") for name, rows in report.gaps.items()]
     for group in report.duplicate_prompts[:DUPLICATES]:
         findings.append(("dim", f"{plural(len(group), 'row')} with one prompt ({places(group)})."))
     if len(report.duplicate_prompts) > DUPLICATES:

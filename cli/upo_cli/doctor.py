@@ -22,7 +22,11 @@ from upo.cache import cache_root
 from upo_cli.options import echo_json, echo_table, json_option
 
 # Extras beside the backends, and what one does without them.
-EXTRAS = {"data": "Parquet and hub datasets cannot be read", "quickstart": "upo quickstart needs the model hub"}
+EXTRAS = {
+    "data": "Parquet and hub datasets cannot be read",
+    "rewards": "scorers cannot run: sentiment (vaderSentiment), profanity (alt-profanity-check), json with a schema (jsonschema), readability with grade consensus (textstat, setuptools)",
+    "quickstart": "upo quickstart needs the model hub",
+}
 
 
 @click.command()
@@ -34,7 +38,7 @@ def doctor(online: bool, as_json: bool) -> None:
     if as_json:
         echo_json(report)
         return
-    for title in ("system", "packages", "cache", "hub"):
+    for title in ("system", "packages", "extras", "cache", "hub"):
         _echo_section(title, report[title])
     for name, backend in report["backends"].items():
         _echo_section(f"backend {name}" + (" (default)" if name == report["default_backend"] else ""), backend)
@@ -51,10 +55,10 @@ def examine(online: bool) -> dict[str, Any]:
     default = choose()
     if not any("version" in report for report in backends.values()):
         missing.insert(0, f'no backend works, so nothing can be trained: pip install "upo[{default}]"')
-    _extras(missing)
     return {
         "system": _system(),
         "packages": packages,
+        "extras": _extras(missing),
         "cache": _cache(),
         "hub": _hub(online, missing),
         "backends": backends,
@@ -137,14 +141,22 @@ def _ask(name: str) -> tuple[dict[str, Any], str]:
     return {}, (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
 
 
-def _extras(missing: list[str]) -> None:
+def _extras(missing: list[str]) -> dict[str, dict[str, str]]:
+    """Versions of what each extra brings."""
     from packaging.requirements import Requirement
 
+    found: dict[str, dict[str, str]] = {}
     for extra, without in EXTRAS.items():
-        needed = [r for r in map(Requirement, metadata.requires("upo") or []) if r.marker and r.marker.evaluate({"extra": extra})]
-        absent = [r.name for r in needed if r.name != "upo" and _version(r.name) is None]
-        if absent:
-            missing.append(f'{", ".join(absent)}: without it {without}: pip install "upo[{extra}]"')
+        needed = [r for r in map(Requirement, metadata.requires("upo") or []) if r.marker and r.marker.evaluate({"extra": extra}) and r.name != "upo"]
+        found[extra] = {r.name: _version(r.name) or "missing" for r in needed}
+        faults = [
+            r.name if version == "missing" else f"{r.name} {version} (needed {r.specifier})"
+            for r, version in zip(needed, found[extra].values(), strict=True)
+            if version == "missing" or not r.specifier.contains(version, prereleases=True)
+        ]
+        if faults:
+            missing.append(f'{", ".join(faults)}: without {"it" if len(faults) == 1 else "them"} {without}: pip install "upo[{extra}]"')
+    return found
 
 
 def _cache() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from upo_cli.goals import parse_mapping
 from upo_cli.options import allow_code_option, backend_option, echo_json, finite, json_option, quiet_option, rank
 from upo_cli.progress import reporting
 
@@ -34,8 +35,8 @@ STYLE = (("words", "words per answer", ".1f"), ("repetition", "repeated word tri
 @click.option("--data", "rows_file", metavar="FILE", help="Rows to score, instead of the run's held-out ones.")
 @click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE", help="Prompts to answer, instead of those of the held-out rows.")
 @click.option("--goal", "goals", multiple=True, metavar="SCORER[:OPTION=VALUE,...]", help="A scorer of the answers; may be repeated.  [default: the run's goals]")
-@click.option("--judge", metavar="JUDGE", help="Win rate by SCORER[:OPTION=VALUE,...] (higher score wins), or python:FILE.py:NAME, a function of prompt and two answers.")
-@click.option("--judge-timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Seconds for a verdict of a python judge.")
+@click.option("--judge", metavar="JUDGE", help="Win rate by endpoint:url=URL,model=NAME,... (a model compares), SCORER[:OPTION=VALUE,...] (the higher score wins) or python:FILE.py:NAME (a function of prompt and two answers).")
+@click.option("--judge-timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for a verdict of a python judge.  [default: 60]")
 @click.option("--limit", type=click.IntRange(min=0), default=64, show_default=True, help="Prompts that are answered, the first ones; 0: none.")
 @click.option("--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Answers to each prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer; a broken-off sentence at its end is not counted.")
@@ -58,7 +59,7 @@ def evaluate(
     prompts_file: Path | None,
     goals: tuple[str, ...],
     judge: str | None,
-    judge_timeout: float,
+    judge_timeout: float | None,
     limit: int,
     samples: int,
     max_tokens: int,
@@ -83,6 +84,7 @@ def evaluate(
       upo eval runs/first
       upo eval runs/first --checkpoint best --prompts questions.txt --goal readability --goal length:high=80
       upo eval runs/first --judge python:judge.py:prefer --allow-code
+      upo eval runs/first --judge endpoint:url=http://127.0.0.1:8000/v1,model=NAME
       upo eval --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my-adapter --data pairs.jsonl --out eval.json
     """
     from upo.backend import Sampling, choose, get_backend
@@ -168,17 +170,27 @@ def _goals(goals: tuple[str, ...], target: Target, allow_code: bool, reporter: R
     return [Goal(label, scorer) for label, scorer in found.items()]
 
 
-def _judge(judge: str | None, timeout: float, allow_code: bool, reporter: Reporter) -> Judge | None:
+def _judge(judge: str | None, timeout: float | None, allow_code: bool, reporter: Reporter) -> Judge | None:
     from upo.errors import ConfigError
+    from upo.evaluation.comparison import NAME, Comparison, EndpointJudge
     from upo.evaluation.judge import PythonJudge, ScorerJudge
     from upo_cli.score import scorers_of
 
+    python = judge is not None and judge.startswith("python:") and "=" not in judge
+    if timeout is not None and not python:
+        raise click.UsageError("--judge-timeout is for --judge python:FILE.py:NAME only; an endpoint has an option, timeout=SECONDS.")
     if judge is None:
         return None
-    if judge.startswith("python:") and "=" not in judge:
+    if python:
         if not allow_code:
             raise ConfigError(f"--judge {judge}: runs code of yours. If you trust it, add --allow-code to the command.")
-        return PythonJudge.load(judge.removeprefix("python:"), timeout)
+        return PythonJudge.load(judge.removeprefix("python:"), 60.0 if timeout is None else timeout)
+    given = dict(parse_mapping(judge, "--judge"))
+    if given.pop("scorer", None) == NAME:
+        try:
+            return EndpointJudge(Comparison.of(given), reporter)
+        except ConfigError as error:
+            raise ConfigError(f"--judge {judge}: {error}") from None
     ((_, scorer),) = scorers_of([judge], allow_code, "--judge").items()
     return ScorerJudge(scorer, reporter)
 

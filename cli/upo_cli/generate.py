@@ -65,10 +65,11 @@ def generate(
     asked = conversations(prompts, file, system)
     from upo.data.control import Control
     from upo.data.tokenizer import load_tokenizer
-    from upo.models import resolve
+    from upo.models import context, model_config, resolve
 
     with reporting(quiet) as reporter:
-        tokenizer = load_tokenizer(resolve(config.model, config.revision))
+        folder = resolve(config.model, config.revision)
+        tokenizer = load_tokenizer(folder)
         if not plain and not tokenizer.has_template:
             plain = True
             reporter.info(f"{config.model} has no chat template: prompts are given as they are.")
@@ -76,6 +77,10 @@ def generate(
         if control := Control.of(config.data.control, tokenizer):
             ids = [control.after(tokens) for tokens in ids]
             reporter.info(f"Asked for answers behind {(config.data.control or ('',))[0]} (data.control).")
+        limit = context(model_config(folder)[0])
+        if limit is not None and (longest := max(map(len, ids))) + max_tokens > limit:
+            remedy = f"Lower --max-tokens to {limit - longest}" if longest < limit else "Shorten the prompt"
+            reporter.warn(f"A prompt of {longest} tokens and --max-tokens {max_tokens} may go beyond the {limit} tokens that the model was made for. {remedy}, or use a model with a longer context.")
         learner = get_backend(config.backend).load(config)
         for note in learner.info.notes:
             reporter.info(note)

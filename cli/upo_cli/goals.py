@@ -33,8 +33,8 @@ def reward_option(command: Command) -> Command:
     )(command)
 
 
-def parse_goals(rewards: Sequence[str]) -> list[RewardConfig]:
-    """Goals from texts like `length:low=10,high=80` or `{scorer: length, low: 10}`. Raises ConfigError naming the text."""
+def parse_goals(rewards: Sequence[str], option: str = "--reward") -> list[RewardConfig]:
+    """Goals from texts like `length:low=10,high=80` or `{scorer: length, low: 10}`, given by this option. Raises ConfigError naming both."""
     from pydantic import ValidationError
 
     from upo.config import RewardConfig
@@ -43,14 +43,16 @@ def parse_goals(rewards: Sequence[str]) -> list[RewardConfig]:
     goals = []
     for reward in rewards:
         try:
-            goals.append(RewardConfig.model_validate(_mapping(reward)))
+            goals.append(RewardConfig.model_validate(parse_mapping(reward, option)))
         except ValidationError as error:
             first = error.errors()[0]
-            raise ConfigError(f"--reward {reward}: {'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}.") from None
+            where = "".join(f"{key}: " for key in first["loc"])
+            raise ConfigError(f"{option} {reward}: {where}{first['msg'].removeprefix('Value error, ').rstrip('.')}.") from None
     return goals
 
 
-def _mapping(reward: str) -> Mapping[str, Any]:
+def parse_mapping(reward: str, option: str) -> Mapping[str, Any]:
+    """`scorer` and its options from either form. Raises ConfigError naming the option of the command and the text."""
     from upo.errors import ConfigError
 
     if reward.lstrip().startswith("{"):
@@ -61,14 +63,14 @@ def _mapping(reward: str) -> Mapping[str, Any]:
         except yaml.YAMLError:
             given = None
         if not isinstance(given, dict):
-            raise ConfigError(f"--reward {reward}: is no YAML mapping like {{scorer: length, high: 80}}.")
+            raise ConfigError(f"{option} {reward}: is no YAML mapping like {{scorer: length, high: 80}}.")
         return given
     name, _, rest = reward.partition(":")
     options: dict[str, Any] = {"scorer": name.strip()}
-    for option in filter(None, rest.split(",")):
-        key, equals, value = option.partition("=")
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
         if not equals:
-            raise ConfigError(f"--reward {reward}: write options as SCORER:OPTION=VALUE, e.g. length:low=10,high=80.")
+            raise ConfigError(f"{option} {reward}: write options as SCORER:OPTION=VALUE, e.g. length:low=10,high=80.")
         options[key.strip()] = value.strip()
     return options
 

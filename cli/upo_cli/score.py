@@ -83,7 +83,7 @@ def scorers_of(rewards: Sequence[str], allow_code: bool, option: str = "--reward
     from upo.rewards import build_scorer, unique_label
 
     built: dict[str, Scorer] = {}
-    for reward, goal in zip(rewards, parse_goals(rewards), strict=True):
+    for reward, goal in zip(rewards, parse_goals(rewards, option), strict=True):
         if given := goal.model_fields_set & {"weight", "normalise", "clip"}:
             raise ConfigError(f"{option} {reward}: {', '.join(sorted(given))} belongs to training; scores are written as the scorer gives them.")
         try:

@@ -65,6 +65,7 @@ def test_json_holds_every_fact(check, tiny_llama, tmp_path):
         "max_length": 60,
         "labels": {"desirable": 4, "undesirable": 4, "none": 0},
         "columns": {"score": {"rows": 1, "min": 1.0, "mean": 1.5, "max": 2.0}},
+        "gaps": {"score": ["pairs.jsonl:2", "pairs.jsonl:3", "pairs.jsonl:4"]},
         "ignored": ["id"],
         "prompts": 3,
         "duplicate_prompts": [["pairs.jsonl:1", "pairs.jsonl:3"]],
@@ -94,6 +95,16 @@ def test_text_names_what_to_look_at(check, tiny_llama):
         'pairs.jsonl:5: "chosen" is empty; give it a text, or remove the row.',
     ):
         assert line in out.splitlines()
+
+
+def test_rows_without_a_number_in_a_column_are_named(check):
+    """NaN, infinity, nothing and text, which a `column` scorer would stop at; a column that is whole has no such line."""
+    rows = [{**pair(f"p{i}", "x", "y"), "n": i} for i in range(6)]
+    for row, value in zip(rows, (0.5, float("nan"), float("inf"), None, "high"), strict=False):
+        row["score"] = value
+    code, out, _ = check(rows)
+    assert code == 0 and "column    score: in 1 row, 0.5 to 0.5, mean 0.5" in out.splitlines() and "column n" not in out
+    assert "5 rows without a finite number in column score (pairs.jsonl:2, 3, 4, 5, 6)." in out.splitlines()
 
 
 def test_without_a_model_lengths_are_words_and_nothing_is_dropped(check):

@@ -16,6 +16,8 @@ from upo_cli.main import main
 import upo
 from upo.cache import cache_dir
 
+WITHOUT = dict(doctor.EXTRAS)
+
 
 @pytest.fixture
 def here(monkeypatch):
@@ -83,6 +85,24 @@ def test_missing_and_old_packages(here, monkeypatch):
         'gguf: without it upo quickstart needs the model hub: pip install "upo[quickstart]"',
     ]
     assert report["packages"]["rich"] == "missing"
+
+
+def test_what_the_scorers_need(here, monkeypatch):
+    """What is there with its version, what is missing or of another version with the command."""
+    there = {"textstat": "0.7.4", "setuptools": "80.9.0", "jsonschema": "4.25.0", "alt-profanity-check": "1.7.1", "vadersentiment": "3.3.2"}
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: there[name.lower()] if name.lower() in there else real(name))
+    monkeypatch.setattr(doctor, "EXTRAS", {"rewards": WITHOUT["rewards"]})
+    report = doctor.examine(online=False)
+    assert report["missing"] == [] and {name.lower(): version for name, version in report["extras"]["rewards"].items()} == there
+    assert "textstat 0.7.4" in " ".join(run().stdout.split())
+    there |= {"textstat": None, "setuptools": "83.0.0"}
+    report = doctor.examine(online=False)
+    assert (report["extras"]["rewards"]["textstat"], report["extras"]["rewards"]["setuptools"]) == ("missing", "83.0.0")
+    (line,) = report["missing"]
+    assert line.startswith("setuptools 83.0.0 (needed <81), textstat: without them scorers cannot run: sentiment (vaderSentiment), ") and line.endswith(': pip install "upo[rewards]"')
+    there["setuptools"] = "80.9.0"
+    assert doctor.examine(online=False)["missing"][0].startswith("textstat: without it scorers cannot run")
 
 
 def test_untested_versions_are_marked(here, monkeypatch):

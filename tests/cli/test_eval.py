@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from judge_server import Server, says
 from upo_cli.main import main
 
 from upo.report.facts import signed
@@ -84,13 +85,25 @@ def test_prompts_and_goals_of_ones_own(here, backend):
     assert upo("eval", "run", "--out", "g.json", *FEW).exit_code == 1
 
 
-def test_an_adapter_on_its_model(here, backend, tiny_llama):
+def test_an_adapter_on_its_model(here, backend, tiny_llama, monkeypatch):
+    """And judged by a model that takes the longer answer: in text, the counts are those of the samples."""
+    monkeypatch.setenv("UPO_CACHE", str(here / "cache"))
     assert upo("train", "run.yaml", "--backend", backend, "--out", "run", "-q").exit_code == 0
-    done = upo("eval", "--adapter", "run/adapter", "--model", str(tiny_llama), "--backend", backend, "--data", "pairs.jsonl", "--goal", "length:high=50", "--json", *FEW)
+    server = Server()
+    server.reply = lambda request: says(f"Longer.\n{1 + (len(request['given']['answer_2']) > len(request['given']['answer_1']))}")
+    judge = f"endpoint:url={server.url},model=judge-1,per_minute=1e6"
+    done = upo("eval", "--adapter", "run/adapter", "--model", str(tiny_llama), "--backend", backend, "--data", "pairs.jsonl", "--goal", "length:high=50", "--judge", judge, "--json", *FEW)
+    server.http.shutdown()
+    server.http.server_close()
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["run"], result["rows"], result["accuracy"]["before"], result["kl"]["before"]) == (None, 12, 0.5, 0.0)
     assert abs(result["kl"]["after"]) > 1e-2 and set(result["goals"]) == {"length"}
+    texts = [(a, b) for sample in result["samples"] for a, b in zip(sample["before"], sample["after"], strict=True)]
+    longer, shorter = sum(len(b) > len(a) for a, b in texts), sum(len(b) < len(a) for a, b in texts)
+    rate = result["win_rate"]
+    assert (rate["judge"], rate["wins"], rate["losses"], rate["failed"]) == ("judge-1", longer, shorter, 0) and longer + shorter > 0
+    assert rate["ties"] == len(texts) - longer - shorter and rate["inconsistent"] == sum(len(a) == len(b) and a != b for a, b in texts)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +116,10 @@ def test_an_adapter_on_its_model(here, backend, tiny_llama):
         (["--adapter", "none"], 1, "none: no such adapter folder"),
         (["--model", "m", "--goal", "redability"], 1, '--goal redability: unknown scorer "redability". Did you mean "readability"?'),
         (["--model", "m", "--goal", "column:column=x"], 1, "--goal: x stands in the data and cannot score sampled answers"),
+        (["--model", "m", "--goal", "length:high"], 1, "--goal length:high: write options as SCORER:OPTION=VALUE"),
+        (["--model", "m", "--judge", "endpoint:url=https://a.b/v1"], 1, "--judge endpoint:url=https://a.b/v1: endpoint: model must be given."),
+        (["--model", "m", "--judge", "{scorer: endpoint, url: 'http://a.b', model: m}"], 1, "endpoint: url 'http://a.b' must begin with https://"),
+        (["--model", "m", "--judge", "length", "--judge-timeout", "5"], 2, "--judge-timeout is for --judge python:FILE.py:NAME only; an endpoint has an option, timeout=SECONDS."),
         (["--model", "m", "--judge", "python:j.py:f"], 1, "--judge python:j.py:f: runs code of yours. If you trust it, add --allow-code"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import types
 from pathlib import Path
 
@@ -27,6 +26,7 @@ class Fake:
     name = "fake"
     info = types.SimpleNamespace(notes=("rope repaired",))
     has_template = True
+    context = 1000
 
     def __init__(self) -> None:
         self.configs, self.prompts, self.samplings = [], [], []
@@ -54,13 +54,9 @@ def fake(monkeypatch, tmp_path):
 
     fake = Fake()
     monkeypatch.setattr(command, "get_backend", lambda name: fake)
-    for name, attribute, value in (
-        ("upo.data.tokenizer", "load_tokenizer", lambda folder: fake),
-        ("upo.models", "resolve", lambda model, revision=None: Path(model)),
-    ):
-        module = types.ModuleType(name)
-        setattr(module, attribute, value)
-        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("upo.data.tokenizer.load_tokenizer", lambda folder: fake)
+    monkeypatch.setattr("upo.models.resolve", lambda model, revision=None: Path(model))
+    monkeypatch.setattr("upo.models.model_config", lambda folder: ({"max_position_embeddings": fake.context}, []))
     monkeypatch.chdir(tmp_path)
     for variable in ("RANK", "MLX_RANK"):
         monkeypatch.delenv(variable, raising=False)
@@ -110,6 +106,18 @@ def test_sampling(fake):
     arguments = ["--prompt", "a", "--prompt", "b", "--prompt", "c", "--batch-size", "2", "--seed", "7", "--max-tokens", "5", "--temperature", "0", "--top-p", "1"]
     assert upo("--model", "m", *arguments).exit_code == 0
     assert [(n, s.seed, s.batch_size, s.max_tokens, s.temperature, s.top_p) for n, s in fake.samplings] == [(2, 7, 2, 5, 0.0, 1.0), (1, 9, 2, 5, 0.0, 1.0)]
+
+
+def test_what_may_go_beyond_the_context_is_said(fake):
+    """The longest prompt is user:abc, 8 tokens: with 12 more it ends at 20."""
+    arguments = ("--model", "m", "--prompt", "a", "--prompt", "abc", "--max-tokens", "12")
+    fake.context = 20
+    assert "may go beyond" not in upo(*arguments).stderr
+    fake.context = 19
+    told = " ".join(upo(*arguments).stderr.split())
+    assert "A prompt of 8 tokens and --max-tokens 12 may go beyond the 19 tokens that the model was made for. Lower --max-tokens to 11, or use a model" in told
+    fake.context = 8
+    assert "Shorten the prompt, or use" in " ".join(upo(*arguments).stderr.split())
 
 
 def test_several_prompts_are_told_apart(fake):

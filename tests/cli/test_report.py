@@ -125,9 +125,11 @@ def test_the_report_in_a_browser(here: Path) -> None:
 def test_it_fits_the_window(here: Path, width: int) -> None:
     """No part of the page is wider than the window, phone or desktop: what is wide scrolls inside itself. Long words, paths and tables included."""
     evaluation = measured(samples=[{"prompt": "x" * 300, "before": ["y" * 500], "after": ["z" * 500]}])
-    runs = [make_run(here / (name * 12), evaluation=evaluation) for name in ("alpha", "beta-", "gamma", "delta")]
+    names = ("alpha", "beta-", "gamma", "delta")
+    runs = [make_run(here / (name * 12), evaluation=evaluation, train={"steps": 20, "seed": seed}) for seed, name in enumerate(names)]
     assert invoke("report", *runs, "--out", "page.html").exit_code == 0
     # A window has a least width, a frame has not; the page has no script, so the one that measures stands around a copy without the policy.
+    assert 'id="pooled-1"' in (here / "page.html").read_text()
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", (here / "page.html").read_text())
     measure = (
         "const w = f.contentWindow, parts = [...w.document.querySelectorAll('main *')].filter(e => !e.parentElement.closest('.scroll, pre, svg, details:not([open])'));"

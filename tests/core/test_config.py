@@ -19,6 +19,12 @@ GOAL = {"rewards": [{"scorer": "readability"}]}
 EXAMPLES = sorted(path for path in (Path(__file__).parents[2] / "examples").glob("*.yaml") if path.stem != "sweep")  # whose points are configurations
 
 
+def test_a_file_may_be_named_like_a_share(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "5%").touch()
+    assert load_config({**MINIMAL, "data": {"train": "rows.jsonl", "eval": "5%"}}).data.eval == "5%"
+
+
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
@@ -126,6 +132,8 @@ def test_dump_loads_to_the_same(path):
         ({"train": {"batch_size": True}}, "train.batch_size: true and false (yes, no, on, off) mean nothing here"),
         ({"train": {"gradient_checkpointing": "maybe"}}, "train.gradient_checkpointing: must be auto, true or false (got 'maybe')"),
         ({"data": {"train": "a", "eval": 1}}, "data.eval: as a number it is the held-out share"),
+        ({"data": {"train": "a", "eval": "5%"}}, "data.eval: there is no file of this name; as a share write 0.05 (got '5%')"),
+        ({"data": {"train": "a", "eval": "12.5 %"}}, "data.eval: there is no file of this name; as a share write 0.125 (got '12.5 %')"),
         ({"data": {"train": "a", "eval": [1]}}, "data.eval: must be a share below 1, or the name of a file"),
         ({"data": {}}, "data.train: required, but not given"),
         ({"adapter": {"targets": []}}, "adapter.targets: must be all-linear or a list of module names"),
@@ -148,6 +156,19 @@ def test_every_fault_has_a_line_of_its_own(tmp_path):
         f"{path}:6: optimizer.lr: must be above 0.0 (got -1)",
         f'{path}:7: losses: unknown key. Known: adapter, backend, data, device, dtype, evaluation, log, model, objective, optimizer, quantize, reference, revision, train.',
     ]
+
+
+def test_a_scorer_is_refused_at_its_line(tmp_path):
+    """Its name and its options, of the objective's goals and of those of the evaluation, wherever they come from."""
+    goals = "objective:\n  preset: upo\n  auxiliary:\n    rewards:\n      - length\n      - {scorer: lenght}\n      - scorer: length\n        hi: 3\nevaluation:\n  goals: [{scorer: length, high: many}, {scorer: python}]\n"
+    path = write(tmp_path, "model: m\ndata: {train: a}\n" + goals)
+    assert refused(path).splitlines() == [
+        f'{path}:8: objective.auxiliary.rewards.1: unknown scorer "lenght". Did you mean "length"?',
+        f'{path}:9: objective.auxiliary.rewards.2: scorer length has no option "hi". Did you mean "high"?',
+        f"{path}:12: evaluation.goals.0: scorer length: high must be a number (got 'many').",
+        f'{path}:12: evaluation.goals.1: python: function must be FILE.py:NAME, MODULE:NAME or an entry point of upo.scorers (got "").',
+    ]
+    assert refused(MINIMAL, "evaluation.goals=[lenght]") == '--set evaluation.goals.0: unknown scorer "lenght". Did you mean "length"?'
 
 
 def test_the_line_of_a_missing_key_is_its_section(tmp_path):

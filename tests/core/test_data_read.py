@@ -101,6 +101,8 @@ def test_missing_file_and_folder(tmp_path):
     ("line", "message"),
     [
         (b'{"prompt": "x"', ":2: broken JSON (Expecting ',' delimiter at column 15); each line must be one complete JSON object."),
+        (b'{"prompt": "x", "chosen": "y", "prompt": "z"}', ':2: the key "prompt" is given twice in one object; remove or rename one.'),
+        (b'{"prompt": [{"role": "user", "content": "x", "content": "x"}]}', ':2: the key "content" is given twice in one object'),
         (b"[1]", ":2: each line must be a JSON object with named fields; this is a list."),
         (b"null", ":2: each line must be a JSON object with named fields; this is null."),
         (b'{"a": "\xff"}', ":2: not UTF-8 (invalid start byte at byte 7); save the file as UTF-8."),

@@ -8,7 +8,7 @@ import pytest
 from evaluation_cases import Listener
 
 from upo.errors import ConfigError, UpoError
-from upo.evaluation.judge import PythonJudge, ScorerJudge, win_rate
+from upo.evaluation.judge import Judge, PythonJudge, ScorerJudge, win_rate
 from upo.rewards.length import Length
 from upo.training.reporter import Silent
 
@@ -16,7 +16,7 @@ PROMPTS = ["p", "q"]
 BEFORE, AFTER = [["b1", "b2"], ["b3", "b4"]], [["a1", "a2"], ["a3", "a4"]]
 
 
-class By:
+class By(Judge):
     """A judge by a function; remembers what it was asked."""
 
     name = "by"

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import upo_cli.main
 from click.testing import CliRunner
+from judge_server import KEY, Reply, Server, fails, rating, says
 
 from upo.errors import ConfigError, DataError, UpoError
 from upo.rewards import Answer, build_scorer, endpoint
 from upo.rewards.endpoint import Address, Endpoint, read_key
 from upo.training.reporter import Silent
-
-KEY = "sk-very-secret-0123456789"
-Reply = tuple[int, dict[str, str], bytes]
 
 
 class Listener(Silent):
@@ -32,47 +29,6 @@ class Listener(Silent):
 
     def warn(self, text: str) -> None:
         self.warned.append(text)
-
-
-class Server:
-    """Answers with `reply(request)`; keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.reply: Callable[[dict[str, Any]], Reply] = lambda request: rating(5)
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                request = {"path": self.path, "key": self.headers.get("Authorization"), "body": body}
-                request |= {"given": json.loads(body["messages"][1]["content"]), "system": body["messages"][0]["content"]}
-                outer.requests.append(request)
-                status, headers, content = outer.reply(request)
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *arguments: Any) -> None: ...
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.handle_error = lambda *arguments: None  # a client that gave up waiting
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-
-def says(text: str) -> Reply:
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
-
-
-def rating(score: Any) -> Reply:
-    return says(json.dumps({"score": score}))
-
-
-def fails(status: int, message: str = "busy", **headers: str) -> Reply:
-    return status, headers, json.dumps({"error": {"message": message}}).encode()
 
 
 @pytest.fixture
@@ -268,4 +224,4 @@ def test_the_key_is_written_nowhere(server: Server, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "o.jsonl").read_text())["judge_chosen"] == pytest.approx(4 / 9)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".sqlite" for path in files) and all(KEY.encode() not in path.read_bytes() for path in files)
-    assert KEY not in repr(build_scorer("judge", url=server.url, model="m", key="JUDGE_KEY")._endpoint())
+    assert KEY not in repr(build_scorer("judge", url=server.url, model="m", key="JUDGE_KEY").endpoint("judge"))

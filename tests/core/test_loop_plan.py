@@ -10,7 +10,8 @@ import pytest
 from fake_learner import configure
 
 from upo import tensors
-from upo.errors import ConfigError, DataError
+from upo.backend import get_backend
+from upo.errors import BackendError, ConfigError, DataError
 from upo.memory import model_shapes
 from upo.training import plan as planning
 from upo.training.plan import plan
@@ -73,7 +74,7 @@ def test_whether_activations_are_recomputed(tiny_llama, data, monkeypatch):
     monkeypatch.setattr(planning, "installed", lambda name: True)
     found = []
     for free in (10**8, 10**11):
-        monkeypatch.setattr(planning, "get_backend", lambda name, free=free: SimpleNamespace(free_memory=lambda device: ("cuda", free)))
+        monkeypatch.setattr(planning, "get_backend", lambda name, free=free: SimpleNamespace(check=lambda config: None, free_memory=lambda device: ("cuda", free)))
         found.append(asked())
     on, off = found
     assert on["gradient_checkpointing"].startswith("on (about 0.2 GB instead of 0.2 GB; 0.1 GB free") and off["gradient_checkpointing"].startswith("off (about ")
@@ -82,6 +83,32 @@ def test_whether_activations_are_recomputed(tiny_llama, data, monkeypatch):
     assert asked(True, 2048)["memory_gb"] == on["memory_gb"] and asked(False)["memory_gb"] == off["memory_gb"]
     monkeypatch.setattr(planning, "installed", lambda name: False)
     assert asked()["micro_batch_tokens"] == 2048 and asked()["gradient_checkpointing"] == "decided when the model is loaded (torch is not installed here)"
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"device": "tpu"}, "device: unknown device 'tpu'. Known: auto, cpu, gpu, cuda, cuda:N, mps."),
+        ({"device": "cpu", "quantize": "nf4"}, {"torch": "quantize: nf4 needs CUDA, and this is cpu.", "mlx": "quantize: nf4 needs bitsandbytes on CUDA (--backend torch)."}),
+        ({"device": "cpu", "train": {"wired_limit_gb": 1}}, {"torch": "train.wired_limit_gb: is MLX's.", "mlx": "train.wired_limit_gb: memory is wired on Metal only."}),
+    ],
+)
+def test_what_a_run_would_refuse_here(tiny_llama, data, backend, section, words):
+    """In the words of the run itself, which loads a model for it no more than the plan does."""
+    words = words if isinstance(words, str) else words[backend]
+    config = configure(UPO, model=str(tiny_llama), data={"train": str(data)}, backend=backend, **section)
+    with pytest.raises(BackendError) as planned:
+        plan(config)
+    with pytest.raises(BackendError) as loaded:
+        get_backend(backend).load(config)
+    assert str(planned.value) == str(loaded.value) and words in str(planned.value)
+
+
+def test_a_gpu_that_is_not_there(tiny_llama, data, backend):
+    if any(name != "cpu" for name in get_backend(backend).device_report()["devices"]):
+        pytest.skip("there is a GPU here")
+    with pytest.raises(BackendError, match=r"device: .* has no cuda here, only cpu"):
+        plan(configure(UPO, model=str(tiny_llama), data={"train": str(data)}, backend=backend, device="cuda"))
 
 
 def test_packed_weights_are_counted_unpacked(tmp_path):

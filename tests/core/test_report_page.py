@@ -13,7 +13,7 @@ import pytest
 from report_runs import HASH, HOSTILE, Page, make_run, measured
 
 from upo.errors import RunError
-from upo.report import charts, figures
+from upo.report import charts, figures, seeds
 from upo.report.evaluation import Interval
 from upo.report.page import HERE, render, write_report
 from upo.report.read import read_run
@@ -78,6 +78,81 @@ def test_several_runs_are_compared(tmp_path):
     assert "objective.preference.0.loss kto dpo" in found.words() and "train.steps" not in found.words("comparison")
     assert "No other run here is better in both: A" in found.words("tradeoff-1")
     assert len([a for a in found.of("svg") if a["class"] == "chart"]) == len(found.of("title")) - 1
+
+
+def seeded(folder, seed, change=(0.12, 0.05, 0.19), **more):
+    return make_run(folder, evaluation=measured(change, **more) if change else None, train={"steps": 20, "seed": seed})
+
+
+def test_seeds_are_pooled_over_prompts_and_seeds(tmp_path):
+    """Three seeds asked the same 9 prompts: means .10 .16 .13, half intervals .0392 .0588 .0196, so standard errors .02 .03 .01.
+
+    By hand: mean .13; over seeds var .0009 / 3 = .0003; over prompts (.0004 + .0009 + .0001) / 3 = .000466667; degrees of freedom
+    .000766667^2 / (.0003^2 / 2 + .000466667^2 / 8) = 8.131, for which t is 2.2996 (between 2.3060 at 8 and 2.2622 at 9); half .063672.
+    Of length, in every run -.05 with a half interval of .06: no spread of seeds, so t of 8 degrees, 2.3060, times .06 / 1.96.
+    """
+    changes = [(0.10, 0.0608, 0.1392), (0.16, 0.1012, 0.2188), (0.13, 0.1104, 0.1496)]
+    runs = [seeded(tmp_path / f"s{i}", i, change) for i, change in enumerate(changes)]
+    found = page(*runs)
+    assert found.words("pooled-1") == "3 seeds pooled A B C +0.130 rose +0.066 to +0.194 −0.050 not shown −0.121 to +0.021 0.50 → 0.75 after: 0.75 to 0.75"
+    interval = seeds.over_seeds([Interval(*change) for change in changes], 9)
+    assert interval.high - interval.mean == pytest.approx(0.063672, abs=2e-5) and interval.mean - interval.low == pytest.approx(interval.high - interval.mean)  # 2e-5: t by hand
+    assert "Pooled: means of the runs that differ in train.seed alone" in found.words() and "An interval of one run covers" in found.words()
+
+
+def test_seeds_with_prompts_of_their_own(tmp_path):
+    """The spread of the means holds the prompts' part already: .03 / sqrt(3) times t of 2 degrees, 4.3027."""
+    changes = [Interval(0.10, 0.0608, 0.1392), Interval(0.16, 0.1012, 0.2188), Interval(0.13, 0.1104, 0.1496)]
+    interval = seeds.over_seeds(changes, None)
+    assert (interval.low, interval.high) == (pytest.approx(0.13 - 0.074525, abs=1e-6), pytest.approx(0.13 + 0.074525, abs=1e-6))
+    runs = [seeded(tmp_path / f"s{i}", i, (c.mean, c.low, c.high), samples=[{"prompt": f"{i}", "before": ["a"], "after": ["b"]}]) for i, c in enumerate(changes)]
+    assert "+0.130 rose +0.055 to +0.205" in page(*runs).words("pooled-1")
+
+
+def test_two_seeds_that_differ_show_little():
+    """Means 0 and .2: .1 +- 12.7062 * .1, whatever the prompts say of each."""
+    interval = seeds.over_seeds([Interval(0.0, -0.001, 0.001), Interval(0.2, 0.199, 0.201)], None)
+    assert (interval.low, interval.high) == (pytest.approx(0.1 - 1.27062, abs=1e-5), pytest.approx(0.1 + 1.27062, abs=1e-5))
+    assert seeds.over_seeds([Interval(0.1, 0.1, 0.1)] * 2, 5) == Interval(0.1, 0.1, 0.1)
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.3027), (5, 2.5706), (10, 2.2281), (30, 2.0423), (1e6, 1.9600)])
+def test_quantiles_of_student(freedom, t):
+    """Against the printed table, to its four digits."""
+    assert seeds.student(freedom) == pytest.approx(t, abs=5e-5)
+
+
+def test_seeds_without_an_interval_show_their_range(tmp_path):
+    """One run was not evaluated, another has a goal without an interval: means of what there is, from least to greatest, and how many seeds."""
+    bare = {"readability": {"weight": 0.7, "before": 0.2, "after": 0.3}, "length": {"weight": -0.3, "before": 0.5, "after": 0.45, "change": {"mean": -0.05, "low": -0.11, "high": 0.01}}}
+    runs = [seeded(tmp_path / "a", 1), seeded(tmp_path / "b", 2, None), seeded(tmp_path / "c", 3, goals=bare, accuracy={"before": 0.5, "after": 0.6})]
+    found = page(*runs)
+    assert found.words("pooled-1") == (
+        "3 seeds pooled A B C +0.110 range of 2 seeds +0.100 to +0.120 −0.050 range of 2 seeds −0.050 to −0.050 0.50 → 0.70 after: 0.60 to 0.75"
+    )
+    assert page(*runs[:2]).words("pooled-1") == "2 seeds pooled A B – – 0.50 → 0.75 after: 0.75 to 0.75"
+
+
+def test_what_is_not_pooled(tmp_path):
+    """Another option, other data under the same name, an unfinished run, a seed again; and each configuration has a pool of its own."""
+    a, b = seeded(tmp_path / "a", 1), seeded(tmp_path / "b", 2)
+    other = make_run(tmp_path / "c", evaluation=measured(), train={"steps": 20, "seed": 3}, optimizer={"lr": 1e-3})
+    moved = seeded(tmp_path / "d", 4)
+    manifest = json.loads((moved / "manifest.json").read_text())
+    (moved / "manifest.json").write_text(json.dumps({**manifest, "identity": {**manifest["identity"], "data.train": "00" * 32}}))
+    going = make_run(tmp_path / "e", done=6, train={"steps": 20, "seed": 5})
+    again = seeded(tmp_path / "f", 2)
+    other_too = make_run(tmp_path / "g", evaluation=measured(), train={"steps": 20, "seed": 1}, optimizer={"lr": 1e-3})
+    told = [read_run(folder) for folder in (a, b, other, moved, going, again, other_too)]
+    assert [pool.runs for pool in seeds.pools(told)] == [[0, 1], [2, 6]]
+    assert seeds.pools(told[:1]) == seeds.pools([told[0], told[3]]) == [] and "pooled" not in Page(render([told[0], told[2]])).words("comparison")
+
+
+def test_rows_held_out_by_the_seed_do_not_keep_runs_apart(tmp_path):
+    folders = [make_run(tmp_path / f"{seed}", data={"train": "rows.jsonl", "eval": 0.1}, train={"steps": 20, "seed": seed}) for seed in (1, 2)]
+    manifest = json.loads((folders[1] / "manifest.json").read_text())
+    (folders[1] / "manifest.json").write_text(json.dumps({**manifest, "identity": {**manifest["identity"], "data.train": "00" * 32}}))
+    assert [pool.runs for pool in seeds.pools([read_run(folder) for folder in folders])] == [[0, 1]]
 
 
 def test_an_unfinished_run_is_reported_as_far_as_it_is(tmp_path):

@@ -50,6 +50,7 @@ class CheckReport:
     lengths: dict[str, Lengths]  # prompt; chosen and rejected, or completion; row (prompt and longest completion)
     labels: dict[str, int]  # completions by label: desirable, undesirable, none
     columns: dict[str, dict[str, float]]  # numeric column -> rows that have it, min, mean, max
+    gaps: dict[str, list[str]]  # numeric column -> rows without a finite number in it, where there are any
     ignored: list[str]
     prompts: int  # different ones
     duplicate_prompts: list[list[str]]  # origins of the rows that share a prompt, largest group first
@@ -97,6 +98,7 @@ def check(
         known = _by_prompt(rows)
         overlap = [r.origin for r in others.rows if _key(r) in known]
     labels = [label for row in rows for label in row.labels]
+    columns = _columns(rows)
     return CheckReport(
         file=str(path),
         layout=parsed.layout,
@@ -110,7 +112,8 @@ def check(
         max_length=None if tokenizer is None else max_length,
         lengths=_lengths(rows, examples),
         labels={"desirable": labels.count(1), "undesirable": labels.count(-1), "none": labels.count(0)},
-        columns=_columns(rows),
+        columns=columns,
+        gaps={name: gap for name in columns if (gap := [row.origin for row in rows if name not in row.columns])},
         ignored=list(parsed.ignored),
         prompts=len(shared),
         duplicate_prompts=sorted((s for s in shared if len(s) > 1), key=len, reverse=True),

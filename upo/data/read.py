@@ -68,7 +68,10 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
                 raise DataError(f"{origin}: a JSON array; one object a line is needed: jq -c '.[]' {path.name} > {path.stem}-lines.jsonl")
             started = True
             try:
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=_each_once)
+            except _Twice as error:
+                yield origin, DataError(f'{origin}: the key "{error}" is given twice in one object; remove or rename one.')
+                continue
             except (ValueError, RecursionError) as error:
                 what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply or out of range"
                 yield origin, DataError(f"{origin}: broken JSON ({what}); each line must be one complete JSON object.")
@@ -77,6 +80,19 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
                 yield origin, record
             else:
                 yield origin, DataError(f"{origin}: each line must be a JSON object with named fields; this is {describe(record)}.")
+
+
+class _Twice(Exception):
+    """A key that a JSON object has twice."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless one of its values would replace another. Raises _Twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for i, name in enumerate(names) if name in names[:i]))
+    return record
 
 
 def _read_csv(path: Path) -> Iterator[Record]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,26 +23,29 @@ Verdict = int | None  # 0: the first answer is better, 1: the second, None: neit
 PATIENCE = 3  # failures in a row after which a judge is not asked any more
 
 
-class Judge(Protocol):
+class Judge:
     """Compares two answers to a prompt."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    parallel: int = 1  # pairs at once; more than one are judged in threads
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
         """Raises UpoError if there is no verdict."""
-        ...
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """No more pairs; who waits for a verdict gives up."""
 
 
 @dataclass(frozen=True)
-class ScorerJudge:
+class ScorerJudge(Judge):
     """The answer with the higher score is better. It knows no order, so it is never inconsistent."""
 
     scorer: Scorer
     reporter: Reporter
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return self.scorer.title
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
@@ -49,7 +54,7 @@ class ScorerJudge:
 
 
 @dataclass(frozen=True)
-class PythonJudge:
+class PythonJudge(Judge):
     """A function of prompt, first and second answer that returns 0, 1 or None (or "tie"): FILE.py:NAME or MODULE:NAME."""
 
     function: Callable[[str, str, str], Any]
@@ -115,27 +120,49 @@ def win_rate(judge: Judge, prompts: Sequence[str], before: Answers, after: Answe
     """
     reporter.start(f"judge {judge.name}", sum(map(len, before)), "pairs")
     counts = {"wins": 0, "losses": 0, "ties": 0, "inconsistent": 0, "failed": 0}
-    per_prompt, in_a_row = [], 0
-    for prompt, olds, news in zip(prompts, before, after, strict=True):
-        credits = []
-        for old, new in zip(olds, news, strict=True):
-            try:
-                if in_a_row == PATIENCE:
-                    raise UpoError(f"judge {judge.name}: failed {PATIENCE} times in a row and is not asked any more.")
-                verdicts = (TIE, TIE) if old == new else (judge(prompt, old, new), judge(prompt, new, old))
-            except UpoError as error:
-                reporter.warn(f"{error} Such pairs are left out of the win rate.")
-                counts["failed"] += 1
-                in_a_row = min(in_a_row + 1, PATIENCE)
-                continue
-            finally:
+    per_prompt = []
+    pairs = [[(prompt, *pair) for pair in zip(olds, news, strict=True)] for prompt, olds, news in zip(prompts, before, after, strict=True)]
+    with closing(_verdicts(judge, [pair for of_prompt in pairs for pair in of_prompt])) as outcomes:
+        for of_prompt in pairs:
+            credits = []
+            for _, verdicts in zip(of_prompt, outcomes, strict=False):  # in this order, so that no outcome is taken too many
                 reporter.advance(1)
-            in_a_row = 0
-            outcome = {(1, 0): "wins", (0, 1): "losses"}.get(verdicts, "ties")  # type: ignore[arg-type]
-            counts[outcome] += 1
-            counts["inconsistent"] += verdicts in ((0, 0), (1, 1))
-            credits.append({"wins": 1.0, "losses": 0.0, "ties": 0.5}[outcome])
-        if credits:
-            per_prompt.append(float(np.mean(credits)))
+                if isinstance(verdicts, UpoError):
+                    reporter.warn(f"{verdicts} Such pairs are left out of the win rate.")
+                    counts["failed"] += 1
+                    continue
+                outcome = {(1, 0): "wins", (0, 1): "losses"}.get(verdicts, "ties")  # type: ignore[arg-type]
+                counts[outcome] += 1
+                counts["inconsistent"] += verdicts in ((0, 0), (1, 1))
+                credits.append({"wins": 1.0, "losses": 0.0, "ties": 0.5}[outcome])
+            if credits:
+                per_prompt.append(float(np.mean(credits)))
     found = asdict(interval(np.array(per_prompt))) if per_prompt else {"mean": None, "low": None, "high": None}
     return WinRate(judge.name, **found, **counts)
+
+
+def _verdicts(judge: Judge, pairs: Sequence[tuple[str, str, str]]) -> Generator[tuple[Verdict, Verdict] | UpoError, None, None]:
+    """Of each pair in turn the verdicts in both orders, or why there are none."""
+
+    def ask(pair: tuple[str, str, str]) -> tuple[Verdict, Verdict] | UpoError:
+        prompt, old, new = pair
+        try:
+            return (TIE, TIE) if old == new else (judge(prompt, old, new), judge(prompt, new, old))
+        except UpoError as error:
+            return error
+
+    pool = ThreadPoolExecutor(judge.parallel) if judge.parallel > 1 else None
+    outcomes = pool.map(ask, pairs) if pool else map(ask, pairs)
+    failed = 0  # in a row
+    try:
+        for _ in pairs:
+            if failed == PATIENCE:
+                yield UpoError(f"judge {judge.name}: failed {PATIENCE} times in a row and is not asked any more.")
+                continue
+            outcome = next(outcomes)
+            failed = failed + 1 if isinstance(outcome, UpoError) else 0
+            yield outcome
+    finally:
+        judge.close()
+        if pool:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -91,8 +91,7 @@ def _data(run: Told) -> str:
 def _objective(run: Told) -> str:
     lines = [f"`{facts.objective(run)}`"]
     for goal in run.config.objective.goals if run.config else ():
-        about = SCORERS[goal.scorer].card.measures if goal.scorer in SCORERS else ""
-        lines.append(f"- **{_text(goal.scorer)}**, weight {goal.weight:g}: {_text(about)}")
+        lines.append(f"- **{_text(goal.scorer)}**, weight {goal.weight:g}: {_text(SCORERS[goal.scorer].card.measures)}")
     return "\n".join([lines[0], *([""] if len(lines) > 1 else []), *lines[1:]])
 
 

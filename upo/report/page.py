@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 import upo
 from upo.errors import RunError
-from upo.report import facts, figures
+from upo.report import facts, figures, seeds
+from upo.report.evaluation import Goal
 from upo.report.plain import clean, mapping
 from upo.report.read import Told, read_run
 from upo.training.files import check_writable, write_text, writing
@@ -62,6 +63,7 @@ def render(runs: Sequence[Told], now: datetime | None = None) -> str:
         style=Markup(style),
         runs=views,
         several=len(runs) > 1,
+        pools=[_pooled(pool) for pool in seeds.pools(runs)],
         goals=figures.goals(runs),
         measures=_measures(runs),
         tradeoffs=figures.tradeoffs(runs),
@@ -127,6 +129,26 @@ def _view(run: Told, index: int, count: int) -> dict[str, Any]:
         "hashes": facts.hashes(run),
         "config": facts.config_yaml(run),
         "folder": f"runs/{run.name}" if run.path.is_absolute() else clean(str(run.path)),
+    }
+
+
+def _pooled(pool: seeds.Pool) -> dict[str, Any]:
+    """What the template shows of runs with different seeds, taken together."""
+    count = len(pool.runs)
+    goals = []
+    for name, found in pool.goals.items():
+        change = found.measure.change if isinstance(found, Goal) else None
+        shown = found if isinstance(found, seeds.Span) else change
+        if shown is not None:
+            verdict, tone = found.verdict() if isinstance(found, Goal) else (f"range of {found.seeds} seeds", "plain")
+            goals.append({"name": name, "mean": facts.signed(shown.mean), "interval": f"{facts.signed(shown.low)} to {facts.signed(shown.high)}", "verdict": verdict, "tone": tone})
+    after = pool.after
+    return {
+        "runs": [(figures.key(i), figures.colour(i)) for i in pool.runs],
+        "count": count,
+        "goals": goals,
+        "accuracy": None if after is None else (facts.plain_number(pool.before, ".2f"), facts.plain_number(after.mean, ".2f")),
+        "accuracies": None if after is None else f"{after.low:.2f} to {after.high:.2f}",
     }
 
 

@@ -12,7 +12,7 @@ from upo.config import RunConfig, load_config
 from upo.errors import ConfigError, RunError
 from upo.report.evaluation import Evaluation, read_evaluation
 from upo.report.plain import clean, mapping, number
-from upo.rewards import SCORERS, unique_label
+from upo.rewards import make_scorer, unique_label
 from upo.training.manifest import is_manifest
 from upo.training.run import CONTENTS, Run
 
@@ -130,14 +130,10 @@ def _config(folder: Path, notes: list[str]) -> tuple[RunConfig | None, str]:
 
 
 def _weights(config: RunConfig) -> dict[str, float]:
-    """Label of each goal, as in results, -> its weight. No scorer is run or looked into."""
+    """Label of each goal, as in results, -> its weight. No scorer is run."""
     found: dict[str, float] = {}
     for goal in config.objective.goals:
-        try:
-            label = unique_label(SCORERS[goal.scorer](**(goal.model_extra or {})), list(found))
-        except (ConfigError, KeyError, TypeError, ValueError, AttributeError):  # of another version, or never right
-            label = goal.scorer
-        found[label] = goal.weight
+        found[unique_label(make_scorer(goal.scorer, goal.model_extra or {}), list(found))] = goal.weight
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from upo.rewards.base import Answer, Card, Scorer, TextScorer
-from upo.rewards.registry import SCORERS, build_scorer, unique_label
+from upo.rewards.registry import SCORERS, build_scorer, make_scorer, unique_label
 from upo.rewards.total import Goal, answers_of, score_examples, validate_rewards
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "TextScorer",
     "answers_of",
     "build_scorer",
+    "make_scorer",
     "score_examples",
     "unique_label",
     "validate_rewards",

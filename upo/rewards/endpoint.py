@@ -99,11 +99,11 @@ class Endpoint:
             except TimeoutError:
                 cause = f"did not answer within {self.timeout:g} s"
             except (OSError, http.client.HTTPException) as error:
-                cause = f"cannot be reached ({self._shown(error) or type(error).__name__})"
+                cause = f"cannot be reached ({self.shown(error) or type(error).__name__})"
             else:
                 if status == 200:
                     return _json(content)
-                cause = f"answered {status} ({self._shown(_message(content))})"
+                cause = f"answered {status} ({self.shown(_message(content))})"
                 if status not in PASSING:
                     raise UpoError(f"{self._name} {self._final(status, headers, cause)}")
                 wait = _retry_after(headers) or wait
@@ -140,7 +140,7 @@ class Endpoint:
 
     def _final(self, status: int, headers: Mapping[str, str], cause: str) -> str:
         if 300 <= status < 400:
-            target = self._shown(next((v for k, v in headers.items() if k.lower() == "location"), "elsewhere"))
+            target = self.shown(next((v for k, v in headers.items() if k.lower() == "location"), "elsewhere"))
             return f"redirects to {target}, which is not followed. Give the final address as `url`."
         if status in (401, 403):
             return f"{cause}: it does not accept the key. Check the variable that `key` names."
@@ -157,7 +157,8 @@ class Endpoint:
         if self._closed.wait(max(seconds, 0.0)):
             raise UpoError(f"{self._name}: stopped.")
 
-    def _shown(self, value: object) -> str:
+    def shown(self, value: object) -> str:
+        """On one line, cut, and without the key."""
         text = " ".join(str(value).split())
         return (text.replace(self.key, "***") if self.key else text)[:200]
 

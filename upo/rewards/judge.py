@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from upo.errors import ConfigError, DataError
-from upo.losses.options import option
 from upo.rewards.base import Answer, Card, Ready, TextScorer
-from upo.rewards.endpoint import Address, Endpoint, read_key
+from upo.rewards.endpoint import Address, Endpoint
+from upo.rewards.service import Service
 from upo.training.reporter import Reporter
 
 INSTRUCTION = """\
@@ -26,7 +26,7 @@ _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Judge(TextScorer):
+class Judge(Service, TextScorer):
     """A rating by a language model behind an OpenAI-compatible server, brought to 0..1: (score - low) / (high - low).
 
         {scorer: judge, url: "https://api.openai.com/v1", model: NAME, key: OPENAI_API_KEY, criterion: "Is the answer kind?"}
@@ -41,17 +41,9 @@ class Judge(TextScorer):
     errors that may pass, more and more slowly or as the server asks. Some models take no temperature but 1.
     """
 
-    url: str = ""
-    model: str = ""
-    key: str = option("", optional=True)
     criterion: str = "How helpful, correct and harmless is the answer?"
     low: float = 1.0
     high: float = 10.0
-    temperature: float = option(0.0, least=0)
-    per_minute: float = option(60.0, above=0)
-    parallel: int = option(4, least=1, most=64)
-    timeout: float = option(60.0, above=0)
-    retries: int = option(5, least=0)
 
     name: ClassVar[str] = "judge"
     version: ClassVar[str] = "1"
@@ -64,7 +56,6 @@ class Judge(TextScorer):
         offline="no, unless the server runs on this machine",
     )
     reads: ClassVar[tuple[str, ...]] = ("prompt", "text")
-    volatile: ClassVar[frozenset[str]] = frozenset({"key", "per_minute", "parallel", "timeout", "retries"})
     batch: ClassVar[int] = 1
     spot_check: ClassVar[bool] = True
 
@@ -78,11 +69,11 @@ class Judge(TextScorer):
             raise ConfigError(f"judge: {error}") from None
 
     def check(self) -> None:
-        self._endpoint()
+        self.endpoint(self.name)
 
     @contextmanager
     def ready(self, count: int, reporter: Reporter) -> Iterator[Ready]:
-        endpoint = self._endpoint()
+        endpoint = self.endpoint(self.name)
         nonsense: list[str] = []  # replies; list.append needs no lock
         try:
             yield Ready(lambda answers: [self._rate(endpoint, answer, nonsense) for answer in answers], self.parallel)
@@ -93,33 +84,18 @@ class Judge(TextScorer):
                     f"Scorer judge: {len(nonsense):,} of its replies made no sense, {endpoint.repeated:,} requests were repeated after errors."
                 )
 
-    def _endpoint(self) -> Endpoint:
-        address = Address.parse(self.url)
-        try:
-            key = read_key(self.key, address.host)
-        except ConfigError as error:
-            raise ConfigError(f"judge: {error}") from None
-        return Endpoint(address, key, self.timeout, self.retries, self.per_minute)
-
     def _rate(self, endpoint: Endpoint, answer: Answer, nonsense: list[str]) -> float:
-        body = {
-            "model": self.model,
-            "temperature": self.temperature,
-            "messages": [
-                {"role": "system", "content": INSTRUCTION.format(criterion=self.criterion, low=self.low, high=self.high)},
-                {"role": "user", "content": json.dumps({"conversation": answer.prompt, "answer": answer.text}, ensure_ascii=False)},
-            ],
-        }
+        system = INSTRUCTION.format(criterion=self.criterion, low=self.low, high=self.high)
+        user = json.dumps({"conversation": answer.prompt, "answer": answer.text}, ensure_ascii=False)
         for _ in range(2):
-            reply = _content(endpoint.post("/chat/completions", body))
+            reply = self.ask(endpoint, system, user)
             score = self._score(reply)
             if score is not None:
                 return (score - self.low) / (self.high - self.low)
             nonsense.append(reply)
-        shown = reply.replace(endpoint.key, "***") if endpoint.key else reply
         raise DataError(
             f'{answer.origin}: the judge {self.model} twice replied something else than {{"score": {self.low:g} to {self.high:g}}}: '
-            f"{' '.join(shown.split())[:80]!r}. Sharpen `criterion`, or use another model."
+            f"{endpoint.shown(reply)[:80]!r}. Sharpen `criterion`, or use another model."
         )
 
     def _score(self, reply: str) -> float | None:
@@ -133,12 +109,3 @@ class Judge(TextScorer):
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not self.low <= score <= self.high:
             return None
         return float(score)
-
-
-def _content(reply: Any) -> str:
-    """The text of a chat completion; empty if it is none."""
-    try:
-        content = reply["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        return ""
-    return content if isinstance(content, str) else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upo.errors import ConfigError, did_you_mean
@@ -35,22 +35,31 @@ SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in ALL}
 
 def build_scorer(name: str, allow_code: bool = False, **options: Any) -> Scorer:
     """The scorer with these options, checked to work. Raises ConfigError for an unknown scorer or option, or code that is not allowed."""
-    if name not in SCORERS:
-        raise ConfigError(f'unknown scorer "{name}".{did_you_mean(name, SCORERS)}')
-    known = defaults(SCORERS[name])
-    for option in options:
-        if option not in known:
-            there = did_you_mean(option, known) if known else " It has no options."
-            raise ConfigError(f'scorer {name} has no option "{option}".{there}')
+    scorer = make_scorer(name, options)
     if name == Python.name and not allow_code:
         raise ConfigError("scorer python runs code named by the configuration. If you trust it, add --allow-code to the command.")
-    try:
-        values = {option: typed(name, option, known[option], value) for option, value in options.items()}
-    except ValueError as error:
-        raise ConfigError(f"scorer {error}.") from None
-    scorer = SCORERS[name](**values)
     scorer.check()
     return scorer
+
+
+def make_scorer(name: str, options: Mapping[str, Any]) -> Scorer:
+    """The scorer with these options, of which nothing is loaded, opened or run. Raises ConfigError for an unknown scorer or option."""
+    if name not in SCORERS:
+        raise ConfigError(f'unknown scorer "{name}".{did_you_mean(name, SCORERS)}')
+    return SCORERS[name](**options_of(SCORERS[name], f"scorer {name}", options))
+
+
+def options_of(kind: type, what: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given options in the types of their defaults. Raises ConfigError, naming `what` has them: one that is unknown or of another type."""
+    known = defaults(kind)
+    for option in given:
+        if option not in known:
+            there = did_you_mean(option, known) if known else " It has no options."
+            raise ConfigError(f'{what} has no option "{option}".{there}')
+    try:
+        return {option: typed(what, option, known[option], value) for option, value in given.items()}
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
 
 
 def unique_label(scorer: Scorer, taken: Sequence[str]) -> str:

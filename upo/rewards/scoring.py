@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
+from upo.data.notes import plural
 from upo.errors import DataError, UpoError
 from upo.rewards.cache import RewardCache
 from upo.training.reporter import Reporter
@@ -100,7 +101,7 @@ def checked(label: str, values: Any, answers: Sequence[Answer]) -> list[float]:
     except TypeError:
         raise UpoError(f"scorer {label}: returned {type(values).__name__} instead of a list of numbers.") from None
     if len(values) != len(answers):
-        raise UpoError(f"scorer {label}: returned {len(values)} numbers for {len(answers)} completions. It must return one for each, in order.")
+        raise UpoError(f"scorer {label}: returned {plural(len(values), 'number')} for {plural(len(answers), 'completion')}. It must return one for each, in order.")
     numbers = []
     for value, answer in zip(values, answers, strict=True):
         try:

@@ -13,6 +13,7 @@ from upo.data.notes import places, plural
 from upo.errors import ConfigError, ModelError
 from upo.losses import LOSSES, Loss, Objective
 from upo.losses.base import NEEDS
+from upo.models import context
 from upo.training.metrics import name_rows
 from upo.training.reporter import Reporter
 
@@ -64,10 +65,7 @@ def layout(examples: Sequence[Example]) -> str:
 
 def check_context(config: Mapping[str, Any], examples: Sequence[Example], reporter: Reporter) -> None:
     """Warn about rows longer than the context that the model (`config`: its config.json) was made for. Nothing is said where its positions are stretched."""
-    text = config.get("text_config") or config
-    limit = text.get("max_position_embeddings") or text.get("n_positions")
-    ropes = [text.get("rope_scaling"), text.get("rope_parameters")]
-    if type(limit) is not int or any(isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type", "default")) != "default" for rope in ropes):
+    if (limit := context(config)) is None:
         return
     long = [e.origin for e in examples if len(e.prompt) + max(map(len, e.completions)) > limit]
     if long:

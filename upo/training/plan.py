@@ -13,7 +13,7 @@ from upo.backend import choose, get_backend, installed
 from upo.config import RunConfig
 from upo.data.batch import Example, collate, micro_batches
 from upo.data.forest import padded_size
-from upo.errors import BackendError, ConfigError, did_you_mean
+from upo.errors import ConfigError, did_you_mean
 from upo.memory import Choice, Estimate, Shapes, estimate, model_shapes
 from upo.memory import choose as choose_memory
 from upo.training.prepare import Prepared, prepare
@@ -27,6 +27,8 @@ def plan(config: RunConfig, *, allow_code: bool = False, reporter: Reporter | No
     Rewards are not scored. Raises an UpoError.
     """
     reporter = reporter or Silent()
+    if installed(choose(config.backend)):  # a plan can be made without
+        get_backend(config.backend).check(config)
     prepared = prepare(config, allow_code=allow_code, reporter=reporter, score=False)
     assert prepared.folder is not None
     shapes = model_shapes(prepared.folder)
@@ -93,19 +95,13 @@ def memory(prepared: Prepared, shapes: Shapes, adapter: int, choice: Choice) -> 
 
 def computing(config: RunConfig, shapes: Shapes, adapter: int) -> tuple[Choice, str]:
     """Size of micro-batches and recomputation, as far as can be told before the model is loaded, and why."""
-    train, name, later = config.train, choose(config.backend), ""
-    device, free = "cpu", float("inf")
-    try:
-        if not installed(name):
-            later = f"{name} is not installed here"
-        else:
-            device, free = get_backend(name).free_memory(config.device)
-    except BackendError as error:
-        later = str(error)
+    train, name = config.train, choose(config.backend)
+    here = installed(name)
+    device, free = get_backend(name).free_memory(config.device) if here else ("cpu", float("inf"))
     choice = choose_memory(config, lambda tokens: needs(config, shapes, adapter, tokens, train.max_length), free, device)
     if train.gradient_checkpointing != "auto":
         return choice, "on" if choice.recompute else "off"
-    return choice, f"decided when the model is loaded ({later})" if later else choice.notes[0].rpartition("gradient_checkpointing: ")[2].rstrip(".")
+    return choice, choice.notes[0].rpartition("gradient_checkpointing: ")[2].rstrip(".") if here else f"decided when the model is loaded ({name} is not installed here)"
 
 
 def _has_gpu() -> bool:
