@@ -101,7 +101,8 @@ NOTES = f"""\
 - accuracy: summed log-ratio to the base model, chosen over rejected, for every method, whatever its own loss takes an answer to be worth; the base model's own is 0.5 by definition.
 - words: per answer, and as a multiple of the chosen answers'. An answer that the token limit cut off counts up to its last complete sentence.
 - s/step: median over all steps but the first; over KTO: step by step, on the same rows, the median. The reference pass, the scoring of the goals and the fit of UPO's value head before the first step are not in it. A
-  tilde marks times that were taken while other runs shared the machine; they are not compared.
+  tilde marks times that were taken while other runs of this table shared the machine; they are not compared. The runs follow one another, so a machine that had other work to
+  do in between makes this column worthless; `benchmarks/preference_step.py --only objective` measures the step itself.
 """
 HOW_SURE = """\
 Bootstrap over prompts and seeds at once, paired: the same prompts, and seed by seed the same order of the data, initial adapter and random draws. Over pairs in place of
