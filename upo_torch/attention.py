@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any
@@ -53,11 +54,16 @@ class Block:
 
 @dataclass
 class Plan:
-    """How to attend in one kind of layer: for each tree its segments' lengths and its blocks."""
+    """How to attend in one kind of layer."""
 
-    trees: list[tuple[tuple[int, ...], list[Block]]]
+    lay: Callable[[], list[tuple[tuple[int, ...], list[Block]]]]
     varlen: Varlen | None
     calls: int = 0
+
+    @cached_property
+    def trees(self) -> list[tuple[tuple[int, ...], list[Block]]]:
+        """For each tree its segments' lengths and its blocks; made where no kernel takes all segments at once."""
+        return self.lay()
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,16 @@ def plan(trees: tuple[Tree, ...], sees: Sees, window: int | None, device: torch.
         kind = "window"
     if bool((seen == (distance >= 0)).all()):
         kind = "causal"
-    laid = []
-    for tree in trees:
+
+    def blocks(tree: Tree) -> list[Block]:
         own = slice(0, tree.prompt + max(tree.completions, default=0))
         causal = kind == "causal" or bool((seen[own, own] == (distance >= 0)[own, own]).all())
-        laid.append(((tree.prompt, *tree.completions), _blocks(tree, sees, causal, device)))
-    return Plan(laid, _varlen(trees, kind, window, device) if device.type == "cuda" else None)
+        return _blocks(tree, sees, causal, device)
+
+    return Plan(
+        lambda: [((tree.prompt, *tree.completions), blocks(tree)) for tree in trees],
+        _varlen(trees, kind, window, device) if device.type == "cuda" else None,
+    )
 
 
 def _blocks(tree: Tree, sees: Sees, causal: bool, device: torch.device) -> list[Block]:

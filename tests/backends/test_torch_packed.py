@@ -240,7 +240,7 @@ def test_which_kernel(monkeypatch):
     def chosen(own, flash, softcap=None, size=64, values=None, dtype=torch.bfloat16, planned=True):
         monkeypatch.setattr(attention, "varlen_attn", own)
         monkeypatch.setattr(attention, "flash_attn_varlen_func", flash)
-        plan = attention.Plan([], attention._varlen((Tree(2, (1,)),), "causal", None, CPU) if planned else None)
+        plan = attention.Plan(list, attention._varlen((Tree(2, (1,)),), "causal", None, CPU) if planned else None)
         return attention._kernel(plan, torch.zeros(1, 1, 3, size, dtype=dtype), torch.zeros(1, 1, 3, values or size, dtype=dtype), softcap)
 
     assert chosen(one, other) == chosen(one, None) == "torch"
