@@ -171,12 +171,19 @@ class EvaluationConfig(Section):
     max_tokens: int = Field(128, gt=0, description="longest answer; what is cut off counts up to its last complete sentence")
     temperature: float = Field(0.7, ge=0, description="of sampling; 0 takes the likeliest token. The draws are the same at every evaluation")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus to sample from")
-    goals: tuple[RewardConfig, ...] = Field((), description="scorers of the answers; if not given, the objective's goals")
+    goals: tuple[RewardConfig, ...] = Field((), description="scorers of the answers, without `normalise`; if not given, the objective's goals")
 
     @field_validator("goals", mode="before")
     @classmethod
     def _list(cls, value: Any) -> Any:
         return listed(value)
+
+    @field_validator("goals")
+    @classmethod
+    def _as_scored(cls, value: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+        if any(goal.normalise != "none" for goal in value):
+            raise ValueError("normalise is fitted on scores of the training rows, which these goals do not have; leave it out")
+        return value
 
 
 class TrackerConfig(Section):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,13 +56,13 @@ def fresh(learner, goals, reporter=None, **options) -> Fresh:
     return Fresh(learner, Words(), questions_of(HELD_OUT, given.prompts), given, goals, 3, reporter or Silent())
 
 
-def by_hand(learner, samples: int = 2, most: int = 5) -> list[str]:
+def by_hand(learner, samples: int = 2, most: int = 5, seed: int = 3) -> list[str]:
     """Answers sampled one by one from the table of the policy; sampling i is the i-th of prompts times samples."""
     policy = np.exp(learner._table())
     texts = []
     for i in range(most * samples):
         token, said = int(HELD_OUT[i // samples].prompt[-1]), []
-        for u in uniforms(Sampling(max_tokens=8, seed=3), i):
+        for u in uniforms(Sampling(max_tokens=8, seed=seed), i):
             token = next(t for t in range(12) if policy[token, : t + 1].sum() >= u)
             if token == 0:
                 break
@@ -124,6 +125,26 @@ def test_a_run_logs_goals_and_keeps_the_best_by_one(tmp_path):
     best = max((line for line in found if line["step"]), key=lambda line: (line["goal/length"], -line["step"]))
     assert len({line["goal/length"] for line in found}) >= 3 and best["step"] < 16
     assert summary["best"]["step"] == best["step"] and (tmp_path / "run" / "checkpoints" / f"step-{best['step']:06d}").is_dir()
+
+
+def test_the_total_is_normalised_as_in_training(tmp_path):
+    """`goal/length` is the score as it is, `goals` what training weighs: by the mean and deviation of the training rows, and clipped."""
+    rewards = [{**LENGTH, "normalise": "zscore", "weight": 2.0, "clip": [-0.5, 1.5]}]
+    config = configure({"preset": "upo", "auxiliary": {"rewards": rewards, "temperature": 0.1}}, evaluation={"prompts": 5, "samples": 2, "max_tokens": 8, "temperature": 1.0, "top_p": 1.0})
+    rows = [replace(e, texts=("w " * (3 + i % 4), "w " * (7 + i % 3))) for i, e in enumerate(pairs(14))]
+    session(config, tmp_path / "run", rows=Rows(rows, HELD_OUT)).run()
+    ((mean, deviation),) = [r["mean_and_deviation"] for r in json.loads((tmp_path / "run" / "manifest.json").read_text())["rewards"]]
+    first = evaluations(tmp_path / "run")[0]
+    learner = FakeLearner(config)
+    scores = [min((9 - len(t.split())) / 6, 1) if len(t.split()) >= 3 else 0 for t in by_hand(learner, seed=config.train.seed)]
+    scaled = [(s - mean) / deviation for s in scores]
+    assert min(scaled) < -0.5 and first["goal/length"] == pytest.approx(np.mean(scores), rel=1e-6)
+    assert first["goals"] == pytest.approx(2 * np.mean(np.clip(scaled, -0.5, 1.5)), rel=1e-6)
+
+
+def test_goals_of_an_evaluation_are_not_normalised():
+    with pytest.raises(ConfigError, match=r"evaluation\.goals: normalise is fitted on scores of the training rows"):
+        configure(evaluation={"prompts": 2, "goals": [{**LENGTH, "normalise": "zscore"}]})
 
 
 def test_a_negative_weight_makes_lower_better(tmp_path):

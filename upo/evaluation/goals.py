@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from upo.data.tokenizer import Tokenizer
 from upo.errors import ConfigError, UpoError
 from upo.evaluation.answers import read, repetition
 from upo.rewards import Answer, Scorer, TextScorer, validate_rewards
+from upo.rewards import Goal as Fitted
+from upo.rewards.normalise import Normaliser
 from upo.training.reporter import Reporter, WarningsOnly
 
 NAME = "goal/"  # a goal's name among the metrics
@@ -28,6 +30,7 @@ class Goal:
     label: str
     scorer: Scorer
     weight: float = 1.0
+    normaliser: Normaliser = field(default_factory=Normaliser)  # what the weight applies to, in the total
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,17 @@ class Question:
     text: str
 
 
-def goals_of(config: RunConfig, allow_code: bool, reporter: Reporter) -> list[Goal]:
-    """The goals of `evaluation.goals`, else the objective's. Raises ConfigError.
+def goals_of(config: RunConfig, allow_code: bool, reporter: Reporter, fitted: Sequence[Fitted] = ()) -> list[Goal]:
+    """The goals of `evaluation.goals`, else the objective's, with the normalisation that was `fitted` for them. Raises ConfigError.
 
     A column of the data says nothing about new texts: among the objective's goals it is left out, and said.
     """
     own = config.evaluation.goals
-    return text_goals(own or config.objective.goals, "evaluation.goals" if own else config.objective.goals_key, not own, allow_code, reporter)
+    if not own:
+        goals = text_goals(config.objective.goals, config.objective.goals_key, True, allow_code, reporter)
+        known = {goal.label: goal.normaliser for goal in fitted}
+        return [replace(goal, normaliser=known.get(goal.label, goal.normaliser)) for goal in goals]
+    return text_goals(own, "evaluation.goals", False, allow_code, reporter)
 
 
 def text_goals(rewards: Sequence[RewardConfig], key: str, skip: bool, allow_code: bool, reporter: Reporter) -> list[Goal]:
@@ -52,7 +59,7 @@ def text_goals(rewards: Sequence[RewardConfig], key: str, skip: bool, allow_code
     goals = []
     for i, (label, scorer, weight) in enumerate(validate_rewards(rewards, allow_code, key)):
         if isinstance(scorer, TextScorer):
-            goals.append(Goal(label, scorer, weight))
+            goals.append(Goal(label, scorer, weight, Normaliser(clip=rewards[i].clip)))
         elif skip:
             reporter.info(f"Goal {label} stands in the data, so it cannot score sampled answers: it is left out of them.")
         else:
@@ -92,7 +99,7 @@ class Fresh:
         self.sampling = Sampling(options.max_tokens, options.temperature, options.top_p, seed, place=rank, stride=size)
 
     def __call__(self) -> dict[str, float]:
-        """`goal/<label>`, `goals` and `answers/*`: means over all answers."""
+        """`goal/<label>` as scored, `goals` (each times its weight, normalised as in training) and `answers/*`: means over all answers."""
         asked = self.questions[self.mine]
         made = self.learner.generate([q.tokens for q in asked], self.sampling) if asked else []
         texts = [read(self.tokenizer, tokens, self.sampling) for tokens in made]
@@ -102,12 +109,16 @@ class Fresh:
             "answers/empty": [not text.split() for text in texts],
         }
         answers = [Answer(f"held-out prompt {i}", q.text, text) for i, (q, text) in enumerate(zip(asked, texts, strict=True), 1)]
+        total = np.zeros(len(asked))
         for goal in self.goals:
-            rows[NAME + goal.label] = self._score(goal, answers)
+            rows[NAME + goal.label] = scores = self._score(goal, answers)
+            total += goal.weight * np.array(goal.normaliser(scores))
+        if self.goals:
+            rows["goals"] = total.tolist()
         numbers = np.zeros((len(rows), len(self.questions)), np.float32)
         for row, values in zip(numbers, rows.values(), strict=True):
             row[self.mine] = values
-        return self._means(dict(zip(rows, self.learner.comm.all_sum(numbers).astype(np.float64).mean(axis=1).tolist(), strict=True)))
+        return dict(zip(rows, self.learner.comm.all_sum(numbers).astype(np.float64).mean(axis=1).tolist(), strict=True))
 
     def _score(self, goal: Goal, answers: Sequence[Answer]) -> Sequence[float]:
         if not answers:
@@ -117,7 +128,3 @@ class Fresh:
         except UpoError as error:
             self.reporter.warn(f"Goal {goal.label} could not be scored on sampled answers, and is missing in this evaluation: {error}")
             return [float("nan")] * len(answers)
-
-    def _means(self, means: Mapping[str, float]) -> dict[str, float]:
-        total = {"goals": sum(goal.weight * means[NAME + goal.label] for goal in self.goals)} if self.goals else {}
-        return {**means, **total}

@@ -70,7 +70,7 @@ class Session:
         self._prepared = prepare(config, allow_code=allow_code, reporter=self.reporter, data=data)
         self.objective, self.tokenizer, self.data = self._prepared.objective, self._prepared.tokenizer, self._prepared.data
         self.total_steps = self._prepared.total
-        self._goals = goals_of(config, allow_code, self.reporter) if self._samples() else []
+        self._goals = goals_of(config, allow_code, self.reporter, self._prepared.goals) if self._samples() else []
         weights = {goal.label: goal.weight for goal in self._goals}
         self._watch = watch_of(config, self.objective, self._prepared.eval, weights if config.evaluation.prompts else None)
         if resume:
