@@ -114,6 +114,14 @@ def share_threads(local_size: int) -> None:
         torch.set_num_threads(max(1, _cores() // local_size))
 
 
+def flush_denormals(device: torch.device) -> None:
+    """On a CPU, let numbers below 1.2e-38 be zero. torch's attention also computes on what is left in its buffers beside the last rows; with
+    numbers of that kind among it, one backward pass took 65 ms instead of 4 (267 queries, 311 keys, 9 heads), at the same results.
+    """
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)  # False where the processor cannot, which changes nothing
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -42,11 +42,11 @@ class _TokenLogps(torch.autograd.Function):
                 h = h.detach().requires_grad_()
                 logits = head(h)
             values = logits.detach()
-            log_partition = torch.logsumexp(values, -1, keepdim=True)
-            logps.append(_gather(values, t) - log_partition[:, 0])
-            residual = torch.exp(values - log_partition).neg_()  # d log-prob / d logits = onehot - softmax
-            residual[torch.arange(len(t), device=t.device), t] += 1
-            out.copy_(torch.autograd.grad(logits, h, residual)[0])
+            residual = torch.softmax(values, -1)
+            largest, at = residual.max(-1)  # at least 1 / V, so its logarithm is exact, and costs less than a logsumexp over all logits
+            logps.append(_gather(values, t) - _gather(values, at) + largest.log())
+            residual[torch.arange(len(t), device=t.device), t] -= 1  # d log-prob / d logits = onehot - softmax
+            torch.neg(torch.autograd.grad(logits, h, residual)[0], out=out)
         ctx.save_for_backward(slope)
         return torch.cat(logps)
 

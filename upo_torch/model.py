@@ -23,19 +23,9 @@ from upo.models import NOT_FINITE, is_quantized_mlx, model_config
 from upo.targets import some
 from upo_torch.attention import Attention
 from upo_torch.device import check_quantize
+from upo_torch.lora import LowRank, forward_of
 
 POLICY, REFERENCE = "default", "reference"  # PEFT's name of the adapter to train, and how those of references begin
-
-
-class LowRank(nn.Module):
-    """One LoRA matrix: a float32 master, multiplied in the dtype of its input. PEFT's own layer computes in the master's dtype instead."""
-
-    def __init__(self, array: np.ndarray, device: torch.device) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.from_numpy(np.array(array, np.float32)).to(device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -126,6 +116,7 @@ class Model:
         for path in adapter.targets:
             layer: Any = self.net.get_submodule(path)
             layer.cast_input_dtype_enabled = False
+            layer.forward = forward_of(layer)
             for side, matrices in (("A", layer.lora_A), ("B", layer.lora_B)):
                 matrices[name] = LowRank(adapter.arrays[lora_name(path, side)], self.device)
                 params[lora_name(path, side)] = matrices[name].weight

@@ -12,27 +12,37 @@ MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
 
 
 class Optimizer:
-    """torch's AdamW (0.9, 0.999) or RMSprop (0.99) over named float32 parameters, with its state present from the start."""
+    """torch's AdamW (0.9, 0.999) or RMSprop (0.99) over named float32 parameters, with its state present from the start.
+
+    Gradients are places of one vector, which is set to zero, measured and scaled at once.
+    """
 
     def __init__(self, kind: str, params: Mapping[str, torch.Tensor], eps: float = 1e-8, weight_decay: float = 0.0) -> None:
         self.params, self.moments = dict(params), MOMENTS[kind]
         values = list(self.params.values())
+        self._grads = torch.cat([torch.zeros(p.numel(), device=p.device) for p in values]) if values else torch.zeros(0)
+        place = values[0].device if values else torch.device("cpu")
+        fused = place.type in ("cpu", "cuda")  # one call for all parameters
         self._torch: torch.optim.Optimizer = (
-            torch.optim.AdamW(values, betas=(0.9, 0.999), eps=eps, weight_decay=weight_decay)
+            torch.optim.AdamW(values, betas=(0.9, 0.999), eps=eps, weight_decay=weight_decay, fused=fused)
             if kind == "adamw"
             else torch.optim.RMSprop(values, alpha=0.99, eps=eps, weight_decay=weight_decay)
         )
         for param in values:  # torch makes it in the first step; a checkpoint of step 0 needs it too
-            self._torch.state[param] = {"step": torch.zeros(()), **{m: torch.zeros_like(param, requires_grad=False) for m in self.moments}}
+            step = torch.zeros((), device=place if fused and kind == "adamw" else "cpu")
+            self._torch.state[param] = {"step": step, **{m: torch.zeros_like(param, requires_grad=False) for m in self.moments}}
 
     def zero_grad(self) -> None:
         """A zero gradient for each parameter, so that one the loss does not reach is updated as any other."""
-        for param in self.params.values():
-            param.grad = torch.zeros_like(param, requires_grad=False)
+        self._grads.zero_()
+        for param, grad in zip(self.params.values(), self._grads.split([p.numel() for p in self.params.values()]), strict=True):
+            param.grad = grad.view_as(param)
 
     def clip(self, largest: float) -> float:
         """Scale the gradients to a global norm of at most `largest`, by min(1, largest / (norm + 1e-6)); returns the norm before."""
-        return float(torch.nn.utils.clip_grad_norm_(self.params.values(), largest))
+        norm = torch.linalg.vector_norm(self._grads)
+        self._grads.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+        return float(norm)
 
     def step(self, lr: float) -> None:
         """Update the parameters in place by their gradients."""

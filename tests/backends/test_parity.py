@@ -22,7 +22,7 @@ OPTIMIZERS = {"adamw": {"name": "adamw", "lr": 1e-3}, "rmsprop": {"name": "rmspr
 OBJECTIVES = {
     "dpo": {"preference": {"loss": "dpo", "beta": 0.1}},
     "kto": {"preference": {"loss": "kto", "beta": 0.1}},
-    "upo": {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "column"}], "actor_warmup_steps": 5}},
+    "upo": {"preset": "upo", "auxiliary": {"rewards": [{"scorer": "column", "column": "goal"}], "actor_warmup_steps": 5}},
 }
 
 
