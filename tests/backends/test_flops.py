@@ -22,7 +22,7 @@ class Products(TorchDispatchMode):
     flops = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm):
             left, right = args[-2:]
             self.flops += 2 * left.numel() * right.shape[-1]
         return function(*args, **(kwargs or {}))

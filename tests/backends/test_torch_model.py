@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import upo_torch  # noqa: E402
 from upo import random, tensors  # noqa: E402
@@ -143,16 +144,16 @@ def test_bfloat16_base_multiplies_lora_in_bfloat16_from_float32_masters(tiny_lla
         shake(each, size=0.05)
     seen: list[tuple[torch.dtype, ...]] = []
 
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is torch.nn.functional.linear:
-                seen.append((args[0].dtype, args[1].dtype))
-            return func(*args, **(kwargs or {}))
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+                seen.append(tuple(arg.dtype for arg in args))
+            return function(*args, **(kwargs or {}))
 
     with Watch():
         hidden = learner.model.hidden(torch.arange(3, 20)[None])
     assert hidden.dtype == torch.bfloat16
-    assert seen == [(torch.bfloat16, torch.bfloat16)] * (3 * 7 * 2)  # base, A and B of 7 layers, twice
+    assert len(seen) == 3 * 7 * 2 and {dtype for dtypes in seen for dtype in dtypes} == {torch.bfloat16}  # base, A and B of 7 layers, twice
     hidden.float().square().sum().backward()
     for name, param in learner.model.policy.items():
         assert param.dtype == param.grad.dtype == torch.float32
