@@ -31,20 +31,20 @@ class Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
         """x [..., i], weight [o, i], bias [o], a [r, i], b [o, r] -> [..., o]."""
-        rows, a, b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
+        rows, a, b = x.reshape(-1, x.shape[-1]), a.to(x.dtype), b.to(x.dtype)
         down = linear(rows, a)
         ctx.save_for_backward(rows, down, weight, a, b)
         ctx.scale = scale
-        return linear(rows, weight, bias).addmm_(down, b.t(), alpha=scale).unflatten(0, x.shape[:-1])
+        return linear(rows, weight, bias).addmm_(down, b.t(), alpha=scale).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rows, down, weight, a, b = ctx.saved_tensors
-        up = grad.flatten(0, -2).contiguous()  # a product of strided bfloat16 inputs takes hundreds of times as long on a CPU
+        up = grad.reshape(-1, len(weight)).contiguous()  # a product of strided bfloat16 inputs takes hundreds of times as long on a CPU
         inner = (up @ b).mul_(ctx.scale)
         da = (inner.t() @ rows).float() if ctx.needs_input_grad[3] else None
         db = (up.t() @ down).float().mul_(ctx.scale) if ctx.needs_input_grad[4] else None
-        dx = (up @ weight).addmm_(inner, a).unflatten(0, grad.shape[:-1]) if ctx.needs_input_grad[0] else None
+        dx = (up @ weight).addmm_(inner, a).view(*grad.shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
         return dx, None, None, da, db, None
 
 
