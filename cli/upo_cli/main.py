@@ -18,6 +18,7 @@ import click
 
 import upo
 from upo.errors import UpoError
+from upo_cli.cores import choose_waiting
 from upo_cli.options import rank
 
 # name: where it is, and its line in `upo --help`. Kept here so that the help imports none of them.
@@ -97,8 +98,7 @@ def main() -> None:
       upo quickstart                the whole thing on a small model
       upo train my.yaml             your own run; examples/ holds files to start from
     """
-    # Threads that spin while they wait slow one another up to tenfold as soon as another program wants a core. Read when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    choose_waiting(os.environ)
     # transformers prints advice about frameworks it did not find; `upo doctor` says that better.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not sys.warnoptions:  # what a dependency will change one day concerns this program, not the one who runs it
