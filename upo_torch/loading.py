@@ -23,7 +23,7 @@ def load_learner(config: RunConfig) -> TorchLearner:
     comm = TorchComm()
     device.share_threads(comm.local_size)
     where = device.choose_device(config.device, comm.local_rank, comm.local_size)
-    device.flush_denormals(where)
+    device.start_threads(where)
     device.limit_memory(config.train, where)
     dtype, notes = device.choose_dtype(config.dtype, where)
     comm.start(where)

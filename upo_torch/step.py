@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -41,6 +42,18 @@ from upo_torch.ops import ops
 from upo_torch.state import Optimizer, export_arrays, import_arrays, to_numpy
 
 HEAD = "value_head."
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def quick(method: Method) -> Method:
+    """A learner's method that computes without denormal numbers."""
+
+    @wraps(method)
+    def inner(learner: TorchLearner, *args: Any, **named: Any) -> Any:
+        with device.without_denormals(learner.model.device):
+            return method(learner, *args, **named)
+
+    return cast("Method", inner)
 
 
 class TorchLearner:
@@ -70,6 +83,7 @@ class TorchLearner:
             if note is not None:
                 self.info = replace(self.info, layout="padded", notes=(*self.info.notes, note))
 
+    @quick
     @torch.no_grad()
     def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
         """[N] float32 log-probs of completions, or [M] of their tokens, without gradient; under a reference if asked."""
@@ -85,6 +99,7 @@ class TorchLearner:
         with nullcontext() if reference is None else self.model.reference(reference):
             return to_numpy(self.model.hidden_of(layout)[self._indices(layout.value_src)])
 
+    @quick
     @torch.no_grad()
     def score(self, batch: Batch) -> Outcome:
         """What the objective needs of a batch under the policy, shared between the ranks (every rank must call it)."""
@@ -137,6 +152,7 @@ class TorchLearner:
 
     # --- Training -----------------------------------------------------------------------------------------------------------------
 
+    @quick
     def step(self, batch: Batch, lr: float) -> Outcome:
         """One optimizer step on the whole batch. Raises NonFiniteError before any weight has changed."""
         partner_logp = self._partner_logps(batch)
