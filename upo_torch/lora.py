@@ -49,11 +49,7 @@ class Adapted(torch.autograd.Function):
 
 
 def forward_of(layer: Any) -> Callable[..., torch.Tensor]:
-    """A forward pass for PEFT's layer on an `nn.Linear` that obeys its switches (adapters off, which one is active).
-
-    Of packed weights, which have a product of their own, PEFT's own.
-    """
-    plain: Callable[..., torch.Tensor] = type(layer).forward.__get__(layer)
+    """A forward pass for PEFT's layer on an `nn.Linear` that obeys its switches (adapters off, which one is active)."""
     base = layer.base_layer
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -63,4 +59,4 @@ def forward_of(layer: Any) -> Callable[..., torch.Tensor]:
             return result
         return Adapted.apply(x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
-    return forward if type(base) is nn.Linear else plain
+    return forward

@@ -116,7 +116,8 @@ class Model:
         for path in adapter.targets:
             layer: Any = self.net.get_submodule(path)
             layer.cast_input_dtype_enabled = False
-            layer.forward = forward_of(layer)
+            if type(layer.base_layer) is nn.Linear:  # packed weights have a product of their own
+                layer.forward = forward_of(layer)
             for side, matrices in (("A", layer.lora_A), ("B", layer.lora_B)):
                 matrices[name] = LowRank(adapter.arrays[lora_name(path, side)], self.device)
                 params[lora_name(path, side)] = matrices[name].weight

@@ -14,14 +14,14 @@ MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
 class Optimizer:
     """torch's AdamW (0.9, 0.999) or RMSprop (0.99) over named float32 parameters, with its state present from the start.
 
-    Gradients are places of one vector, which is set to zero, measured and scaled at once.
+    Gradients are places of one vector, `grads`, which is set to zero, summed over ranks, measured and scaled at once.
     """
 
     def __init__(self, kind: str, params: Mapping[str, torch.Tensor], eps: float = 1e-8, weight_decay: float = 0.0) -> None:
         self.params, self.moments = dict(params), MOMENTS[kind]
         values = list(self.params.values())
-        self._grads = torch.cat([torch.zeros(p.numel(), device=p.device) for p in values]) if values else torch.zeros(0)
         place = values[0].device if values else torch.device("cpu")
+        self.grads = torch.zeros(sum(p.numel() for p in values), device=place)
         fused = place.type in ("cpu", "cuda")  # one call for all parameters
         self._torch: torch.optim.Optimizer = (
             torch.optim.AdamW(values, betas=(0.9, 0.999), eps=eps, weight_decay=weight_decay, fused=fused)
@@ -34,14 +34,14 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """A zero gradient for each parameter, so that one the loss does not reach is updated as any other."""
-        self._grads.zero_()
-        for param, grad in zip(self.params.values(), self._grads.split([p.numel() for p in self.params.values()]), strict=True):
+        self.grads.zero_()
+        for param, grad in zip(self.params.values(), self.grads.split([p.numel() for p in self.params.values()]), strict=True):
             param.grad = grad.view_as(param)
 
     def clip(self, largest: float) -> float:
         """Scale the gradients to a global norm of at most `largest`, by min(1, largest / (norm + 1e-6)); returns the norm before."""
-        norm = torch.linalg.vector_norm(self._grads)
-        self._grads.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+        norm = torch.linalg.vector_norm(self.grads)
+        self.grads.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)
 
     def step(self, lr: float) -> None:

@@ -211,11 +211,11 @@ class TorchLearner:
         """One sum for everything a step shares: the gradients, in place, and the scores."""
         if self.comm.size == 1:
             return whole
-        grads: list[Any] = [p.grad for p in (*self.model.policy.values(), *self.head.values())]
-        flat = torch.cat([*(g.flatten() for g in grads), *(self._floats(v) for v in whole.values())])
-        summed = self.comm.all_sum_tensor(flat).split([*(g.numel() for g in grads), *(len(v) for v in whole.values())])
+        grads = [self.optimizer.grads, *([self.head_optimizer.grads] if self.head_optimizer else [])]
+        vectors = [*grads, *(self._floats(v) for v in whole.values())]
+        summed = self.comm.all_sum_tensor(torch.cat(vectors)).split([len(v) for v in vectors])
         for grad, total in zip(grads, summed, strict=False):
-            grad.copy_(total.view_as(grad))
+            grad.copy_(total)
         return {name: to_numpy(total) for name, total in zip(whole, summed[len(grads) :], strict=True)}
 
     # --- Value head ---------------------------------------------------------------------------------------------------------------

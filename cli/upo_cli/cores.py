@@ -30,5 +30,3 @@ def _others_run(loads: Path) -> bool:
     except (OSError, ValueError, IndexError):
         pass
     return True
-
-

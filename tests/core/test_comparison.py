@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from evaluation_cases import Listener
-from judge_server import KEY, Server, fails, says
+from judge_server import KEY, Server, fails, says, serving
 
 from upo.errors import ConfigError, UpoError
 from upo.evaluation.comparison import Comparison, EndpointJudge
@@ -21,10 +21,8 @@ from upo.training.reporter import Silent
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+    with serving() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

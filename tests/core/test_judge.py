@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import upo_cli.main
 from click.testing import CliRunner
-from judge_server import KEY, Reply, Server, fails, rating, says
+from judge_server import KEY, Reply, Server, fails, rating, says, serving
 
 from upo.errors import ConfigError, DataError, UpoError
 from upo.rewards import Answer, build_scorer, endpoint
@@ -33,10 +33,8 @@ class Listener(Silent):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+    with serving() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,6 @@ class HeldOut:
 
     batch: Batch
     loss: Loss  # says what a completion is worth
-    limit: int  # tokens at once
 
     @classmethod
     def of(cls, config: RunConfig, learner: Learner, backend: str, examples: Sequence[Example], reporter: Reporter) -> HeldOut:
@@ -36,12 +35,12 @@ class HeldOut:
             reporter.info(note)
         rows = with_reference(config, learner, backend, bare, "held-out rows", reporter).examples
         terms = config.objective.build().preference
-        return cls(collate(rows), terms[0].loss if terms else DPO(), learner.info.micro_batch_tokens)
+        return cls(collate(rows), terms[0].loss if terms else DPO())
 
     def metrics(self, learner: Learner) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """The numbers of the policy as it is, and by name the values per pair behind `accuracy` and `margin`. Raises NonFiniteError."""
         logp = np.zeros(len(self.batch.label), np.float32)
-        for rows in micro_batches(self.batch, self.limit, layout=learner.info.layout, device=learner.info.device):
+        for rows in micro_batches(self.batch, learner.info.micro_batch_tokens, layout=learner.info.layout, device=learner.info.device):
             part, places = self.batch.select(rows)
             logp[places.completions] = learner.logps(part.forest)
         if bad := bad_rows(self.batch, logp):
