@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from upo import random
 from upo.backend import Sampling
+from upo.data.forest import Tokens
 
 LIKELY = 1e-4  # of the most likely token
 
@@ -14,6 +17,14 @@ def uniforms(sampling: Sampling, prompt: int) -> np.ndarray:
     """[max_tokens] float64 in [0, 1): a prompt's own stream, named by its place among all prompts, whatever shares its batch or its rank."""
     words = random.words(sampling.max_tokens, sampling.seed, "generate", sampling.place + sampling.stride * prompt)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def distinct(prompts: Sequence[Tokens]) -> tuple[list[Tokens], np.ndarray]:
+    """The prompts without repetition, in the order of their first, and [B] int64, which of them each one is: asked for several answers,
+    a prompt is computed once."""
+    found: dict[bytes, int] = {}
+    which = np.array([found.setdefault(np.asarray(p, np.int32).tobytes(), len(found)) for p in prompts], np.int64)
+    return [prompts[i] for i in np.unique(which, return_index=True)[1]], which
 
 
 def pick(logits: np.ndarray, temperature: float, top_p: float, uniform: np.ndarray) -> np.ndarray:

@@ -1,18 +1,22 @@
-"""Batched sampling with transformers' `generate`: left padding, a key/value cache, and a choice of tokens of our own."""
+"""Batched sampling with transformers' `generate`: left padding, a key/value cache that answers to one prompt share, our own choice of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from upo.backend import Sampling
 from upo.data.forest import Tokens
-from upo.sampling import pick, uniforms
+from upo.sampling import distinct, pick, uniforms
 from upo_torch.model import Model
 from upo_torch.state import to_numpy
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 
 @torch.no_grad()
@@ -22,7 +26,7 @@ def generate(model: Model, prompts: Sequence[Tokens], sampling: Sampling, stops:
     Prompts of like length share a batch. Each prompt has a stream of random numbers of its own, named by its place in `prompts`, so a
     text does not depend on which others share its batch (but for rounding). torch's own generators are not touched.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].tobytes()))
     done: dict[int, Tokens] = {}
     for start in range(0, len(order), sampling.batch_size):
         batch = order[start : start + sampling.batch_size]
@@ -35,9 +39,13 @@ def _generate(model: Model, prompts: Sequence[Tokens], sampling: Sampling, stops
     from transformers import GenerationConfig
 
     width = max(map(len, prompts))
-    ids, mask = (np.zeros((len(prompts), width), np.int64) for _ in range(2))
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    asked, which = distinct(prompts)
+    rows, masks = (np.zeros((len(asked), width), np.int64) for _ in range(2))
+    for row, prompt in enumerate(asked):
+        rows[row, width - len(prompt) :], masks[row, width - len(prompt) :] = prompt, 1
+    ids, mask = (torch.from_numpy(array).to(model.device) for array in (rows, masks))
+    index = torch.from_numpy(which).to(model.device)
+    cache = _computed(model, ids[:, :-1], mask[:, :-1], index) if len(asked) < len(prompts) and width > 1 else None
     net: Any = model.net
     net.generation_config = GenerationConfig(  # what a model folder adds here (repetition penalties, ...) is not ours to apply
         do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=list(stops) or None, pad_token_id=0, return_dict_in_generate=False
@@ -46,13 +54,28 @@ def _generate(model: Model, prompts: Sequence[Tokens], sampling: Sampling, stops
     dense = net.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
         output = net.generate(
-            input_ids=torch.from_numpy(ids).to(model.device),
-            attention_mask=torch.from_numpy(mask).to(model.device),
+            input_ids=ids[index],
+            attention_mask=mask[index],
+            past_key_values=cache,  # but for the last tokens
             logits_processor=[_Choose(sampling, uniform, width)],
         )
     finally:
         dense.remove()
     return [_cut(row, stops) for row in output[:, width:].cpu().numpy()]
+
+
+def _computed(model: Model, ids: torch.Tensor, mask: torch.Tensor, which: torch.Tensor) -> DynamicCache | None:
+    """The keys and values of these prompts [U, T], for the rows `which` [B]; None for a model that keeps something else of them."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    takes = signature(model.decoder.forward).parameters  # some families find positions in the mask
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if "position_ids" in takes else {}
+    cache = getattr(model.decoder(input_ids=ids, attention_mask=mask, use_cache=True, **positions), "past_key_values", None)
+    if not isinstance(cache, DynamicCache) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return None
+    cache.batch_select_indices(which)
+    return cache
 
 
 def _cut(tokens: np.ndarray, stops: Sequence[int]) -> Tokens:

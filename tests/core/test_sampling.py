@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from upo.backend import Sampling
-from upo.sampling import LIKELY, pick, uniforms
+from upo.sampling import LIKELY, distinct, pick, uniforms
 
 
 def plainly(logits: np.ndarray, temperature: float, top_p: float, uniform: float) -> int:
@@ -62,3 +62,10 @@ def test_a_share_of_the_prompts_draws_as_the_whole_list_would():
     for rank in range(3):
         share = [uniforms(Sampling(max_tokens=3, seed=4, place=rank, stride=3), i) for i in range(len(whole[rank::3]))]
         np.testing.assert_array_equal(share, whole[rank::3])
+
+
+def test_prompts_without_repetition() -> None:
+    a, b, c = (np.array(tokens, np.int32) for tokens in ([5, 6], [7], [5, 6, 0]))
+    asked, which = distinct([b, a, a.copy(), c, b])
+    assert [p.tolist() for p in asked] == [[7], [5, 6], [5, 6, 0]]
+    assert which.tolist() == [0, 1, 1, 2, 0]
