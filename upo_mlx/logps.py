@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from upo_mlx.device import mx
+from upo_mlx.exp import log_sum_exp, slow
 
 Array = mx.array
 Head = Callable[[Array], Array]  # hidden states [m, H] -> float32 logits [m, V]; its weights are frozen
@@ -48,7 +49,8 @@ def token_logps_only(head: Head, hidden: Array, targets: Array) -> Array:
     parts = []
     for h, t in _chunks(head, hidden, targets):
         logits = head(h)
-        parts.append(_at(logits, t)[:, 0] - _log_partition(logits)[0][:, 0])
+        whole = log_sum_exp(logits) if slow() else _log_partition(logits)[0]
+        parts.append((_at(logits, t) - whole)[:, 0])
         mx.eval(parts[-1])
     return mx.concatenate(parts)
 

@@ -16,6 +16,7 @@ from upo.errors import ModelError
 from upo.models import NOT_FINITE, model_config
 from upo.repair import for_mlx
 from upo_mlx.device import mx, nn
+from upo_mlx.exp import quick_silu
 from upo_mlx.family import check_rope, window_notes
 from upo_mlx.recompute import Recomputed, lend
 from upo_mlx.state import import_arrays
@@ -127,6 +128,12 @@ class Model:
         finally:
             for state in before:
                 lend(*state)
+
+    @contextmanager
+    def scoring(self, adapter: LoRA) -> Iterator[None]:
+        """The same where no gradient is traced, as fast as it can be had then."""
+        with self.using(adapter), quick_silu():
+            yield
 
     @contextmanager
     def recomputing(self, on: bool = True) -> Iterator[None]:

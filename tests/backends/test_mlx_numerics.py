@@ -7,7 +7,9 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from upo_mlx import logps, value  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+
+from upo_mlx import exp, logps, value  # noqa: E402
 from upo_mlx.state import Optimizer, clip, norm  # noqa: E402
 
 
@@ -54,6 +56,33 @@ def test_sum_over_a_large_vocabulary_is_not_biased():
     exact = np.log(np.exp(logits.astype(np.float64)).sum(-1))
     ours = np.array(logps._log_partition(mx.array(logits))[0])[:, 0]
     np.testing.assert_allclose(ours, exact, atol=2e-6)  # two ulp at 15; a flat float32 sum is off by 4e-5 here
+
+
+def test_sum_by_numpy_is_not_biased_either():
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.standard_normal((4, 49152))).astype(np.float32)
+    exact = np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    np.testing.assert_allclose(np.array(exp.log_sum_exp(mx.array(logits))), exact, atol=2e-6)
+    odd = mx.array([[0.0, -np.inf, 200.0], [np.nan, 0.0, 1.0], [np.inf, 0.0, 1.0]])
+    np.testing.assert_array_equal(np.array(exp.log_sum_exp(odd))[:, 0], np.array([200.0, np.nan, np.nan], np.float32))
+
+
+def test_silu_by_numpy():
+    x = np.concatenate([np.linspace(-120, 120, 4001), [0.0, -0.0, np.inf]]).astype(np.float32)
+    wide = x.astype(np.float64)
+    with exp.quick_silu():
+        assert nn.silu is (exp.silu if exp.slow() else exp._silu)
+        # Two ulp (MLX's own: 4e-6 at large negative x); below -88.7, where e^-x overflows, it is zero in place of 2.6e-37.
+        np.testing.assert_allclose(np.array(exp.silu(mx.array(x))), wide / (1 + np.exp(-wide)), rtol=2.4e-7, atol=3e-37)
+        assert np.isnan(np.array(exp.silu(mx.array([np.nan, -np.inf])))).all()  # as MLX's
+        assert exp.silu(mx.array(x).astype(mx.bfloat16)).dtype == mx.bfloat16
+    assert nn.silu is exp._silu
+
+
+def test_silu_is_put_back_after_an_error():
+    with pytest.raises(KeyError), exp.quick_silu():
+        raise KeyError
+    assert nn.silu is exp._silu
 
 
 def adamw(p, g, m, v, t, lr, decay, eps=1e-8):

@@ -21,7 +21,7 @@ from upo.data.batch import collate  # noqa: E402
 from upo.errors import BackendError, ConfigError, ModelError, NonFiniteError, RunError  # noqa: E402
 from upo.losses import Objective, Term  # noqa: E402
 from upo.losses.base import Loss, Scores  # noqa: E402
-from upo_mlx import device  # noqa: E402
+from upo_mlx import device, exp, logps  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,22 @@ class NumpyOps:
 
     def stop_gradient(self, x):
         return x
+
+
+def test_exponentials_by_numpy_give_the_same_scores(tiny_llama, monkeypatch):
+    learner, forest = make_learner(tiny_llama), collate(examples(4)).forest
+    used: list[int] = []
+    by_numpy = exp.silu
+    monkeypatch.setattr(exp, "silu", lambda x: used.append(x.size) or by_numpy(x))
+    monkeypatch.setattr(exp, "slow", lambda: True)
+    monkeypatch.setattr(logps, "slow", lambda: True)
+    quick, states = learner.logps(forest), learner.prompt_states(forest)
+    layers = len(used)
+    monkeypatch.setattr(exp, "slow", lambda: False)
+    monkeypatch.setattr(logps, "slow", lambda: False)
+    np.testing.assert_allclose(quick, learner.logps(forest), atol=2e-5)  # sums of some ten tokens, each to 2e-6
+    np.testing.assert_allclose(states, learner.prompt_states(forest), atol=2e-5)
+    assert layers == len(used) > 0
 
 
 def test_recomputation_gives_the_same_gradient_and_leaves_no_trace(tiny_llama):
