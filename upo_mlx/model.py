@@ -124,16 +124,11 @@ class Model:
         try:
             for path, layer in self.loras.items():
                 lend(layer, adapter.arrays.get(lora_name(path, "A")), adapter.arrays.get(lora_name(path, "B")), adapter.scale)
-            yield
+            with quick_silu():
+                yield
         finally:
             for state in before:
                 lend(*state)
-
-    @contextmanager
-    def scoring(self, adapter: LoRA) -> Iterator[None]:
-        """The same where no gradient is traced, as fast as it can be had then."""
-        with self.using(adapter), quick_silu():
-            yield
 
     @contextmanager
     def recomputing(self, on: bool = True) -> Iterator[None]:

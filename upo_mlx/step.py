@@ -76,7 +76,7 @@ class MlxLearner:
 
     def logps(self, forest: Forest, *, reference: int | None = None, tokens: bool = False) -> np.ndarray:
         """[N] float32 log-probs of completions, or [M] of their tokens, without gradient; under a reference if asked."""
-        with self.model.scoring(self.policy if reference is None else self.references[reference]):
+        with self.model.using(self.policy if reference is None else self.references[reference]):
             layout = self.rows.lay(forest)
             found = self._tokens(layout, self.rows.hidden(self.model, layout), token_logps_only)
             return np.array(found if tokens else self._sums(found, layout, len(forest.completions)))
@@ -84,7 +84,7 @@ class MlxLearner:
     def prompt_states(self, forest: Forest, *, reference: int | None = None) -> np.ndarray:
         """[R, H] float32 hidden states at the last prompt tokens, under the policy or a reference."""
         layout = self.rows.lay(Forest(forest.prompts, (), np.zeros(0, np.int64)))
-        with self.model.scoring(self.policy if reference is None else self.references[reference]):
+        with self.model.using(self.policy if reference is None else self.references[reference]):
             return to_numpy(self.rows.hidden(self.model, layout)[mx.array(layout.value_src)])
 
     def score(self, batch: Batch) -> Outcome:
@@ -117,7 +117,7 @@ class MlxLearner:
     def _score_parts(self, batch: Batch, parts: Sequence[Part]) -> Scored:
         """Whole-step scores, without gradient."""
         whole = blank(batch, self.names)
-        with self.model.scoring(self.policy):
+        with self.model.using(self.policy):
             for part in parts:
                 fill(whole, part.places, {name: np.array(x) for name, x in self._scores(part.batch, self.head, token_logps_only).items()})
         return sum_over_ranks(self.comm, whole)
@@ -226,7 +226,7 @@ class MlxLearner:
             from upo.data.tokenizer import load_tokenizer
 
             self._stops = load_tokenizer(self.folder).eos_ids
-        with self.model.scoring(self.policy):
+        with self.model.using(self.policy):
             return generate.generate(self.model, prompts, sampling, self._stops)
 
     def state(self) -> dict[str, dict[str, np.ndarray]]:

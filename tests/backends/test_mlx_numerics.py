@@ -50,31 +50,41 @@ def test_token_logps_value_and_gradient(vocab, cap, monkeypatch):
     np.testing.assert_allclose(np.array(got), slope, atol=3e-5)
 
 
-def test_sum_over_a_large_vocabulary_is_not_biased():
+@pytest.mark.parametrize("slow", [False, True])
+def test_sum_over_a_large_vocabulary_is_not_biased(slow, monkeypatch):
+    monkeypatch.setattr(logps, "slow", lambda: slow)
     rng = np.random.default_rng(0)
     logits = (3 * rng.standard_normal((4, 49152))).astype(np.float32)
     exact = np.log(np.exp(logits.astype(np.float64)).sum(-1))
-    ours = np.array(logps._log_partition(mx.array(logits))[0])[:, 0]
-    np.testing.assert_allclose(ours, exact, atol=2e-6)  # two ulp at 15; a flat float32 sum is off by 4e-5 here
-
-
-def test_sum_by_numpy_is_not_biased_either():
-    rng = np.random.default_rng(0)
-    logits = (3 * rng.standard_normal((4, 49152))).astype(np.float32)
-    exact = np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
-    np.testing.assert_allclose(np.array(exp.log_sum_exp(mx.array(logits))), exact, atol=2e-6)
+    whole, softmax = logps._log_partition(mx.array(logits))
+    np.testing.assert_allclose(np.array(whole)[:, 0], exact, atol=2e-6)  # two ulp at 15; a flat float32 sum is off by 4e-5 here
+    np.testing.assert_allclose(np.array(softmax), np.exp(logits - exact[:, None]), rtol=4e-6)
     odd = mx.array([[0.0, -np.inf, 200.0], [np.nan, 0.0, 1.0], [np.inf, 0.0, 1.0]])
-    np.testing.assert_array_equal(np.array(exp.log_sum_exp(odd))[:, 0], np.array([200.0, np.nan, np.nan], np.float32))
+    np.testing.assert_array_equal(np.array(logps._log_partition(odd)[0])[:, 0], np.array([200.0, np.nan, np.nan], np.float32))
 
 
-def test_silu_by_numpy():
-    x = np.concatenate([np.linspace(-120, 120, 4001), [0.0, -0.0, np.inf]]).astype(np.float32)
+def test_exp_of_products_and_sums():
+    x = np.concatenate([np.linspace(-87, 87, 50001), np.linspace(-1, 1, 5001), [0.0, 0.5 * np.log(2), -0.5 * np.log(2)]]).astype(np.float32)
     wide = x.astype(np.float64)
+    error = np.array(exp.exp(mx.array(x))).astype(np.float64) / np.exp(wide) - 1
+    assert (np.abs(error) < 1.2e-7 * (1 + np.abs(wide))).all()  # two roundings, and one of x * log2(e)
+    assert float(exp.exp(mx.array(0.0))) == 1.0
+    low, lower, high, odd = np.array(exp.exp(mx.array([-87.0, -1e30, 1e30, np.nan])))
+    assert 0 < lower <= low < 2e-38 and high > 8e37 and np.isnan(odd)
+
+
+def test_silu_of_products_and_sums():
+    x = np.concatenate([np.linspace(-120, 120, 4001), [0.0, -0.0, 1e-20]]).astype(np.float32)
+    wide = x.astype(np.float64)
+    sigmoid = 1 / (1 + np.exp(-wide))
     with exp.quick_silu():
         assert nn.silu is (exp.silu if exp.slow() else exp._silu)
-        # Two ulp (MLX's own: 4e-6 at large negative x); below -88.7, where e^-x overflows, it is zero in place of 2.6e-37.
-        np.testing.assert_allclose(np.array(exp.silu(mx.array(x))), wide / (1 + np.exp(-wide)), rtol=2.4e-7, atol=3e-37)
-        assert np.isnan(np.array(exp.silu(mx.array([np.nan, -np.inf])))).all()  # as MLX's
+        value, gradient = mx.vjp(exp.silu, [mx.array(x)], [3 * mx.ones(x.shape)])
+        # MLX's own: 4e-6 at large negative x. Below -87 it is x times 1.2e-38.
+        np.testing.assert_allclose(np.array(value[0]), wide * sigmoid, rtol=1.2e-5, atol=2e-36)
+        np.testing.assert_allclose(np.array(gradient[0]), 3 * sigmoid * (1 + wide * (1 - sigmoid)), rtol=1.2e-5, atol=1e-6)
+        near = np.abs(x) < 12
+        np.testing.assert_allclose(np.array(value[0])[near], (wide * sigmoid)[near], rtol=2e-6)
         assert exp.silu(mx.array(x).astype(mx.bfloat16)).dtype == mx.bfloat16
     assert nn.silu is exp._silu
 

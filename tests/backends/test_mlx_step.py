@@ -125,20 +125,24 @@ class NumpyOps:
         return x
 
 
-def test_exponentials_by_numpy_give_the_same_scores(tiny_llama, monkeypatch):
-    learner, forest = make_learner(tiny_llama), collate(examples(4)).forest
+@pytest.mark.parametrize("recompute", [False, True])
+def test_exponentials_of_products_and_sums_change_nothing(tiny_llama, monkeypatch, recompute):
+    learner = make_learner(tiny_llama, train={"gradient_checkpointing": recompute})
+    shake(learner)
+    batch = with_reference(learner, examples(4))
     used: list[int] = []
-    by_numpy = exp.silu
-    monkeypatch.setattr(exp, "silu", lambda x: used.append(x.size) or by_numpy(x))
-    monkeypatch.setattr(exp, "slow", lambda: True)
-    monkeypatch.setattr(logps, "slow", lambda: True)
-    quick, states = learner.logps(forest), learner.prompt_states(forest)
-    layers = len(used)
-    monkeypatch.setattr(exp, "slow", lambda: False)
-    monkeypatch.setattr(logps, "slow", lambda: False)
-    np.testing.assert_allclose(quick, learner.logps(forest), atol=2e-5)  # sums of some ten tokens, each to 2e-6
-    np.testing.assert_allclose(states, learner.prompt_states(forest), atol=2e-5)
-    assert layers == len(used) > 0
+    ours = exp.silu
+    monkeypatch.setattr(exp, "silu", lambda x: used.append(x.size) or ours(x))
+    found = []
+    for slow in (True, False):
+        monkeypatch.setattr(exp, "slow", lambda slow=slow: slow)
+        monkeypatch.setattr(logps, "slow", lambda slow=slow: slow)
+        found.append((learner.logps(batch.forest), learner.prompt_states(batch.forest), gradient(learner, batch)[0], len(used)))
+    (quick, states, slopes, calls), (own, own_states, own_slopes, calls_after) = found
+    assert calls == calls_after > 0
+    np.testing.assert_allclose(quick, own, atol=2e-5)  # sums of some ten tokens, each to 2e-6
+    np.testing.assert_allclose(states, own_states, atol=2e-5)
+    assert difference(slopes, own_slopes) < 1e-5
 
 
 def test_recomputation_gives_the_same_gradient_and_leaves_no_trace(tiny_llama):
