@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,15 +52,14 @@ def _has_blas(library: ctypes.CDLL) -> bool:
     return hasattr(library, "cblas_sgemm") or hasattr(library, "sgemm_")
 
 
-def _blas_candidates() -> list[str]:
-    """Libraries that are not the reference BLAS, which a plain libblas.so.3 may be."""
+def _blas_candidates() -> Iterator[str]:
+    """Libraries that are not the reference BLAS, which a plain libblas.so.3 may be. One after the other, as torch's list of files is long."""
     machine = f"{platform.machine()}-linux-gnu"
-    found = [f"/usr/lib/{machine}/openblas-pthread/libblas.so.3", "libopenblas.so.0", str(Path(sys.prefix, "lib", "libopenblas.so.0"))]
+    yield from (f"/usr/lib/{machine}/openblas-pthread/libblas.so.3", "libopenblas.so.0", str(Path(sys.prefix, "lib", "libopenblas.so.0")))
     if _has("mkl"):
-        found += [os.path.normpath(str(f.locate())) for f in metadata.files("mkl") or [] if f.name.startswith("libmkl_rt.so")]
+        yield from (os.path.normpath(str(f.locate())) for f in metadata.files("mkl") or [] if f.name.startswith("libmkl_rt.so"))
     if _has("torch"):
-        found += [os.path.normpath(str(f.locate())) for f in metadata.files("torch") or [] if f.name == "libtorch_cpu.so"]
-    return found
+        yield from (os.path.normpath(str(f.locate())) for f in metadata.files("torch") or [] if f.name == "libtorch_cpu.so")
 
 
 def _has(distribution: str) -> bool:
