@@ -124,7 +124,7 @@ print([name for name in {heavy!r} if name in sys.modules])
 
 def test_twin_packages_have_the_same_files():
     """Knowing one backend is knowing the other. A file that one of them needs alone is named here, with its reason."""
-    alone = {"upo_torch": {"attention.py", "classify.py", "lora.py"}, "upo_mlx": {"family.py", "quantize.py", "recompute.py", "shared.py"}}
+    alone = {"upo_torch": {"attention.py", "classify.py", "lora.py"}, "upo_mlx": {"exp.py", "family.py", "quantize.py", "recompute.py", "shared.py"}}
     files = {name: {path.name for path in FOLDERS[name].glob("*.py")} for name in alone}
     shared = {name: found - alone[name] for name, found in files.items()}
     assert shared["upo_mlx"] == shared["upo_torch"]
