@@ -67,13 +67,13 @@ def _generate(model: Model, prompts: Sequence[Tokens], sampling: Sampling, stops
 def _computed(model: Model, ids: torch.Tensor, mask: torch.Tensor, which: torch.Tensor) -> DynamicCache | None:
     """The keys and values of these prompts [U, T], for the rows `which` [B]; None for a model that keeps something else of them."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     takes = signature(model.decoder.forward).parameters  # some families find positions in the mask
     positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if "position_ids" in takes else {}
     cache = getattr(model.decoder(input_ids=ids, attention_mask=mask, use_cache=True, **positions), "past_key_values", None)
-    if not isinstance(cache, DynamicCache) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        return None
+    if not isinstance(cache, DynamicCache) or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return None  # their subclasses also keep states, of which rows would not be taken
     cache.batch_select_indices(which)
     return cache
 
