@@ -17,7 +17,7 @@ from upo_mlx.model import Model
 def generate(model: Model, prompts: Sequence[Tokens], sampling: Sampling, stops: Sequence[int]) -> list[Tokens]:
     """Continuations in the order of the prompts, each without the stop token that ended it.
 
-    Prompts of like length share a batch. Each prompt has a stream of random numbers of its own, named by its place in `prompts`, so a
+    Prompts of like length share a batch, equal ones side by side. Each prompt has a stream of random numbers of its own, named by its place in `prompts`, so a
     text does not depend on which others share its batch (but for rounding).
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].tobytes()))

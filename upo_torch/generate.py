@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def generate(model: Model, prompts: Sequence[Tokens], sampling: Sampling, stops: Sequence[int]) -> list[Tokens]:
     """Continuations in the order of the prompts, each without the stop token that ended it.
 
-    Prompts of like length share a batch. Each prompt has a stream of random numbers of its own, named by its place in `prompts`, so a
+    Prompts of like length share a batch, equal ones side by side. Each prompt has a stream of random numbers of its own, named by its place in `prompts`, so a
     text does not depend on which others share its batch (but for rounding). torch's own generators are not touched.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].tobytes()))
@@ -69,11 +69,12 @@ def _computed(model: Model, ids: torch.Tensor, mask: torch.Tensor, which: torch.
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    takes = signature(model.decoder.forward).parameters  # some families find positions in the mask
-    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if "position_ids" in takes else {}
-    cache = getattr(model.decoder(input_ids=ids, attention_mask=mask, use_cache=True, **positions), "past_key_values", None)
-    if not isinstance(cache, DynamicCache) or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-        return None  # their subclasses also keep states, of which rows would not be taken
+    takes = signature(model.decoder.forward).parameters
+    cache = DynamicCache(config=model.net.config)
+    if "past_key_values" not in takes or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return None  # subclasses also keep states, of which rows would not be taken
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if "position_ids" in takes else {}  # some families find them in the mask
+    model.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
     cache.batch_select_indices(which)
     return cache
 

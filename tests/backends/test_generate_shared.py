@@ -46,6 +46,11 @@ def prompts(counts: tuple[int, ...], lengths: tuple[int, ...]) -> list[np.ndarra
     return [found[i] for i in rng.permutation(len(found))]
 
 
+def assert_as_alone(learner, asked: list[np.ndarray], together: list[np.ndarray]) -> None:
+    for i, (prompt, answer) in enumerate(zip(asked, together, strict=True)):
+        np.testing.assert_array_equal(answer, learner.generate([prompt], replace(SAMPLING, place=i))[0])
+
+
 @pytest.mark.parametrize("kind", [*PLAIN, *WINDOWED, *OTHERS])
 def test_each_answer_is_that_of_the_prompt_alone(backend, kind, tmp_path, monkeypatch):
     learner = learner_of(backend, kind, tmp_path)
@@ -53,9 +58,7 @@ def test_each_answer_is_that_of_the_prompt_alone(backend, kind, tmp_path, monkey
     slots = counting(learner, monkeypatch)
     together = learner.generate(asked, SAMPLING)
     first = slots[0]
-    alone = [learner.generate([prompt], replace(SAMPLING, place=i))[0] for i, prompt in enumerate(asked)]
-    for ours, plain in zip(together, alone, strict=True):
-        np.testing.assert_array_equal(ours, plain)
+    assert_as_alone(learner, asked, together)
     lengths = {len(answer) for answer in together}
     assert len(lengths) > 3 and max(lengths) == 14, lengths
     assert len({answer.tobytes() for answer in together}) > 10  # each has random numbers of its own
@@ -63,12 +66,10 @@ def test_each_answer_is_that_of_the_prompt_alone(backend, kind, tmp_path, monkey
         assert first == (33 if backend == "mlx" else 30)
 
 
-def test_a_prompt_of_one_token(backend, tmp_path, monkeypatch):
+def test_a_prompt_of_one_token(backend, tmp_path):
     learner = learner_of(backend, "llama", tmp_path)
     asked = [np.array([7], np.int32)] * 3
-    alone = [learner.generate([prompt], replace(SAMPLING, place=i))[0] for i, prompt in enumerate(asked)]
-    for ours, plain in zip(learner.generate(asked, SAMPLING), alone, strict=True):
-        np.testing.assert_array_equal(ours, plain)
+    assert_as_alone(learner, asked, learner.generate(asked, SAMPLING))
 
 
 def test_answers_that_have_ended_are_no_longer_computed(tmp_path, monkeypatch):
@@ -76,8 +77,9 @@ def test_answers_that_have_ended_are_no_longer_computed(tmp_path, monkeypatch):
     learner = learner_of("mlx", "llama", tmp_path)
     asked = prompts((4, 4), (11, 6))
     slots = counting(learner, monkeypatch)
-    lengths = sorted(map(len, learner.generate(asked, SAMPLING)))
+    lengths = np.array([len(answer) for answer in learner.generate(asked, SAMPLING)])
     rows = slots[1:]  # after the prompts, a token for each row
     for step, computed in enumerate(rows, 1):
-        assert sum(length >= step for length in lengths) <= computed < 2 * sum(length >= step for length in lengths)
+        running = np.count_nonzero(lengths >= step)
+        assert running <= computed < 2 * running
     assert rows[0] > rows[-1]
