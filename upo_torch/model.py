@@ -66,12 +66,15 @@ class Model:
         return int(self.net.config.get_text_config().num_hidden_layers)
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Every linear layer of the decoder, which excludes the head, by path; of an adapted one, the layer beneath."""
+        """Every linear layer of the decoder but head and routers, by path; of an adapted one, the layer beneath.
+
+        Phi-MoE's router is a kind of linear layer that returns more than its product, which no adapter can be added to.
+        """
         prefix = next(name for name, module in self.net.named_modules() if module is self.decoder)
         found: dict[str, nn.Linear] = {}
         for name, module in self.net.named_modules():
             parts = name.split(".")
-            if name.startswith(f"{prefix}.") and isinstance(module, nn.Linear):
+            if name.startswith(f"{prefix}.") and isinstance(module, nn.Linear) and not type(module).__name__.endswith("Router"):
                 found[".".join(parts[:-1]) if parts[-1] == "base_layer" else name] = module
         return dict(sorted(found.items()))
 

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("mlx_lm")
 
-from tiny_families import MIXTURES, write  # noqa: E402
+from tiny_families import IDS, LOST, MIXTURES, write  # noqa: E402
 
 import upo_mlx.model  # noqa: E402
 import upo_torch.model  # noqa: E402
@@ -55,3 +55,13 @@ def test_layers_that_peft_gives_no_adapter_are_refused_by_name(kind, tmp_path):
     again = on_torch(tmp_path)
     again.add_policy(adapter(again.dims(), names))  # what the message says works
     assert len(again.policy) == 2 * len(expand_targets(again.dims(), names))
+
+
+def test_a_router_that_is_a_linear_layer_gets_no_adapter(tmp_path):
+    """Phi-MoE's returns a tuple. The new adapter changes nothing yet, so the logits are those of the plain model."""
+    logits = write("phimoe", LOST["phimoe"], tmp_path)
+    model = on_torch(tmp_path)
+    assert [path for path in model.dims() if "mlp" in path] == [] and "model.layers.0.self_attn.q_proj" in model.dims()
+    model.add_policy(adapter(model.dims(), "all-linear"))
+    with torch.no_grad():
+        assert abs(model.net(torch.tensor(IDS)).logits.numpy() - logits).max() < 2e-5  # float32 round-off, as for the other families
