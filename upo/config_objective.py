@@ -85,7 +85,7 @@ class AuxiliaryConfig(Section):
     """Advantage-weighted likelihood on scored completions (UPO)."""
 
     rewards: tuple[RewardConfig, ...] = Field((), validate_default=True, description="the goals; their weighted sum is the reward R")
-    gamma: float = Field(3.0, ge=0, description="weight of the actor term")
+    gamma: float = Field(0.3, ge=0, description="weight of the actor term: how much the goals count beside the preferences")
     temperature: float = Field(5.0, ge=0, description="lambda: how sharply the weights follow the advantage; 0 is plain likelihood")
     value_coef: float = Field(0.1, ge=0, description="weight of the value term")
     expectile: float = Field(0.7, gt=0, lt=1, description="tau: 0.5 makes V the mean reward of a prompt, above it an optimistic one")

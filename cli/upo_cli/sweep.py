@@ -33,7 +33,7 @@ def sweep(file: Path, out: Path, overrides: tuple[str, ...], dry_run: bool, back
     Example, sweep.yaml:
       base: my.yaml
       grid:
-        objective.auxiliary.gamma: [0.5, 3.0]
+        objective.auxiliary.gamma: [0.3, 1.0]
         objective.auxiliary.temperature: [1.0, 5.0]
     \b
       upo sweep sweep.yaml --out runs/trade-off --dry-run

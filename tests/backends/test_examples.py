@@ -56,7 +56,7 @@ def test_the_sweep(monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     sweep = read_sweep(EXAMPLES / "sweep.yaml")
     assert len(sweep.points) == 6 and sweep.front == ("accuracy", "goal/readability", "goal/length")
-    assert {(p.config.objective.auxiliary.gamma, p.config.evaluation.prompts) for p in sweep.points} == {(0.5, 32), (3.0, 32)}
+    assert {(p.config.objective.auxiliary.gamma, p.config.evaluation.prompts) for p in sweep.points} == {(0.3, 32), (1.0, 32)}
 
 
 @pytest.mark.parametrize("name", LOSSES)

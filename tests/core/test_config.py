@@ -73,7 +73,7 @@ def test_presets():
     upo = load_config({**MINIMAL, "objective": {"preset": "upo", "auxiliary": GOAL}}).objective.build()
     paper = load_config({**MINIMAL, "objective": {"preset": "paper", "auxiliary": GOAL}}).objective.build()
     assert upo.preference == paper.preference == (Term(KTO(beta=0.1)),)
-    assert (upo.auxiliary.gamma, upo.auxiliary.actor_warmup_steps) == (3.0, 0)
+    assert (upo.auxiliary.gamma, upo.auxiliary.actor_warmup_steps) == (0.3, 0)
     assert (paper.auxiliary.gamma, paper.auxiliary.actor_warmup_steps) == (0.5, 100)
     for objective in (upo, paper):
         assert (objective.auxiliary.temperature, objective.auxiliary.value_coef, objective.auxiliary.expectile) == (5.0, 0.1, 0.7)

@@ -586,7 +586,7 @@ def test_a_run_that_ended_before_its_result_was_written(tmp_path):
 def test_the_configuration_on_disk_is_readable(tmp_path):
     session(configure(UPO), tmp_path / "run").run()
     text = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert text["objective"]["auxiliary"]["gamma"] == 3.0 and text["train"]["batch_size"] == 4
+    assert text["objective"]["auxiliary"]["gamma"] == 0.3 and text["train"]["batch_size"] == 4
 
 
 def test_anchors_are_kept_only_for_a_loss_that_uses_them():

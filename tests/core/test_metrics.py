@@ -37,7 +37,7 @@ def test_dpo_pairs_by_hand():
 
 
 def test_upo_weights_and_losses_by_hand():
-    """R .2 .8 .2 .8, V .5 and .6, lambda 5, tau .7, gamma 3, c_v .1, all log-ratios 0."""
+    """R .2 .8 .2 .8, V .5 and .6, lambda 5, tau .7, gamma .3, c_v .1, all log-ratios 0."""
     reward, v, logp = np.array([0.2, 0.8, 0.2, 0.8]), np.array([0.5, 0.5, 0.6, 0.6]), np.array([-2.0, -4, -7, -8])
     batch = batch_of(ref_logp=logp, reward=reward, partner_ref_logp=[0, 0, 0, 0])
     length = batch.forest.lengths
@@ -50,7 +50,7 @@ def test_upo_weights_and_losses_by_hand():
     distance = 0.1 * (0 - 1.0)  # z0 = mean of the partners' log-ratios
     kto = np.mean([1 / (1 + math.exp(label * distance)) for label in (1, -1, 1, -1)])
     expected = {
-        "loss": kto + 3 * actor + 0.1 * value,
+        "loss": kto + 0.3 * actor + 0.1 * value,
         "loss/preference": kto,
         "loss/auxiliary": actor,
         "loss/value": value,

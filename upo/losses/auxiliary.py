@@ -23,9 +23,10 @@ class Auxiliary:
     steps. The weight exp(lambda * A) is a constant for the gradient; V gets its gradient from `value` alone.
 
     tau is not given in the paper (0.7 is IQL's); lambda = 5 is the paper's, gamma = 0.5 and 100 warm-up steps are its preset `paper`.
+    gamma = 0.3 moved goals and kept preference accuracy above chance on a model of 135M parameters; from 1 on the goals had all the say.
     """
 
-    gamma: float = 3.0
+    gamma: float = 0.3
     temperature: float = 5.0
     value_coef: float = 0.1
     expectile: float = 0.7
