@@ -71,7 +71,7 @@ def calls_of(backend: str, folder, objective: object, sharing: str, cache, monke
     learner.step(batch, 1e-3)
     found["step"] = calls.copy()
     calls.clear()
-    evaluate(learner, config.objective.build(), batch, 1, LIMIT)
+    evaluate(learner, config.objective.build(), batch, 1)
     found["evaluation"] = calls.copy()
     assert found["step"] != found["reference"] and all(found.values())
     return found

@@ -34,8 +34,10 @@ class Watched(FakeLearner):
 @pytest.mark.parametrize("ranks", [1, 2, 12])
 def test_states_are_in_their_places(limit, ranks):
     learners = [Watched(CONFIG, comm) for comm in ThreadComm.make(ranks)]
+    for learner in learners:
+        learner.info = replace(learner.info, micro_batch_tokens=limit)
     with ThreadPoolExecutor(ranks) as pool:
-        assert list(pool.map(lambda learner: fit_value(learner, ROWS, limit, Silent()), learners)) == [{"value/fit_loss": 0.5}] * ranks
+        assert list(pool.map(lambda learner: fit_value(learner, ROWS, Silent()), learners)) == [{"value/fit_loss": 0.5}] * ranks
     for learner in learners:
         states, prompt, reward = learner.fitted
         np.testing.assert_array_equal(states, [[len(e.prompt), e.prompt.sum(), e.prompt[-1]] for e in ROWS])
@@ -48,4 +50,4 @@ def test_states_that_are_not_finite():
     learner = Watched(CONFIG)
     learner.prompt_states = lambda forest, reference=None: np.full((len(forest.prompts), 3), np.inf, np.float32)  # type: ignore[method-assign]
     with pytest.raises(ModelError, match=r"hidden states are not finite \(float32\)"):
-        fit_value(learner, ROWS, 100, Silent())
+        fit_value(learner, ROWS, Silent())

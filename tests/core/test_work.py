@@ -61,14 +61,15 @@ class Rank:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ranks", [1, 3, 20])
 def test_a_step_is_the_sum_of_what_its_ranks_compute(layout, ranks):
-    batch, info = collate(assign_partners(pairs(9), 0, 64)), ModelInfo("m", "float32", "cpu", 1, 1, (), "w", layout=layout)
-    parts = lambda whole, limit: [p.batch for r in range(ranks) for p in parts_of(whole, Rank(r, ranks), replace(info, micro_batch_tokens=limit))]  # noqa: E731
+    batch, info = collate(assign_partners(pairs(9), 0, 64)), ModelInfo("m", "float32", "cpu", 1, 1, (), "w", layout=layout, micro_batch_tokens=40)
+    parts = lambda whole: [p.batch for r in range(ranks) for p in parts_of(whole, Rank(r, ranks), info)]  # noqa: E731
     add = lambda found: sum((forest_work(part.scored, layout) for part in found), Work())  # noqa: E731
-    assert batch_work(batch, 40, ranks, info) == (add(parts(batch, 40)), add(parts(partners_of(batch), 40)))
-    own, partners = batch_work(replace(batch, partners=None), 40, ranks, info)
+    assert batch_work(batch, ranks, info) == (add(parts(batch)), add(parts(partners_of(batch))))
+    own, partners = batch_work(replace(batch, partners=None), ranks, info)
     assert partners == Work() and own.scored == batch.count["token"]
-    assert evaluation_work(batch, 10**6, ranks, info) == batch_work(batch, 10**6, ranks, info)
-    assert evaluation_work(batch, 40, ranks, info)[0].scored == own.scored
+    assert evaluation_work(batch, ranks, info)[0].scored == own.scored
+    wide = replace(info, micro_batch_tokens=10**6)
+    assert evaluation_work(batch, ranks, wide) == batch_work(batch, ranks, wide)
 
 
 SIZES = Sizes(linear=10, adapter=3, attention=4, head=5)

@@ -89,7 +89,7 @@ class Loop:
         self.evaluation = collate(prepared.eval) if prepared.eval else None
         self.evaluations, self.origin, self.saved = evaluations, origin, saved
         self.writes = learner.comm.rank == 0
-        self.limit, self.ranks = learner.info.micro_batch_tokens, learner.comm.size
+        self.ranks = learner.comm.size
         self.lines: list[dict[str, Any]] = []  # of the steps done here
         self._evaluation_work: tuple[Work, Work] | None = None  # the same each time
         self._heavy = False
@@ -136,7 +136,7 @@ class Loop:
             "grad_norm": float(outcome.grad_norm),
             **({"value_grad_norm": float(outcome.value_grad_norm)} if self.objective.needs & {"value", "token_values"} else {}),
             **self._speed(batch, seconds),
-            **figures(batch_work(batch, self.limit, self.ranks, self.learner.info), self.learner.info, seconds, self.ranks, trained=True),
+            **figures(batch_work(batch, self.ranks, self.learner.info), self.learner.info, seconds, self.ranks, trained=True),
         }
         self._log(record)
         self.lines.append(record)
@@ -149,10 +149,10 @@ class Loop:
         if self.evaluation is None or not due or any(line["step"] == step for line in self.evaluations):
             return
         began = time.perf_counter()
-        found = evaluate(self.learner, self.objective, self.evaluation, step, self.limit * self.ranks)
+        found = evaluate(self.learner, self.objective, self.evaluation, step)
         seconds, info = time.perf_counter() - began, self.learner.info
         if self._evaluation_work is None:
-            self._evaluation_work = evaluation_work(self.evaluation, self.limit, self.ranks, info)
+            self._evaluation_work = evaluation_work(self.evaluation, self.ranks, info)
         work = figures(self._evaluation_work, info, seconds, self.ranks, trained=False)
         sampled = self.fresh() if self.fresh else {}
         record = {"step": step, "eval": True, **found, **self._speed(self.evaluation, seconds), **work, **sampled}

@@ -121,15 +121,16 @@ def _weights(weight: np.ndarray) -> dict[str, float]:
     }
 
 
-def evaluate(learner: Learner, objective: Objective, batch: Batch, step: int, limit: int) -> dict[str, float]:
-    """Metrics of an evaluation split given as one batch, scored in parts of `limit` padded tokens and put together again.
+def evaluate(learner: Learner, objective: Objective, batch: Batch, step: int) -> dict[str, float]:
+    """Metrics of an evaluation split given as one batch, scored by all ranks together, a micro-batch for each at a time, and put together again.
 
     Raises NonFiniteError naming the rows whose score is not finite.
     """
     whole = blank(batch, scored_names(objective.needs))
     partner = None if batch.partners is None else np.zeros(len(batch.label), np.float32)
     state: Mapping[str, float] = {}
-    for rows in micro_batches(batch, limit, layout=learner.info.layout, device=learner.info.device):
+    info = learner.info
+    for rows in micro_batches(batch, info.micro_batch_tokens * learner.comm.size, layout=info.layout, device=info.device):
         part, places = batch.select(rows)
         outcome = learner.score(part)
         fill(whole, places, {name: vector for name, vector in scored_of(outcome).items() if name in whole})

@@ -14,16 +14,16 @@ from upo.errors import ModelError
 from upo.training.reporter import Reporter
 
 
-def prompt_states(learner: Learner, examples: Sequence[Example], limit: int, phase: str, reporter: Reporter, reference: int | None = None) -> np.ndarray:
+def prompt_states(learner: Learner, examples: Sequence[Example], phase: str, reporter: Reporter, reference: int | None = None) -> np.ndarray:
     """[R, H] hidden states after the final norm at each row's last prompt token, under the policy or a reference.
 
-    Computed in parts of `limit` tokens; rank r takes parts r, r + W, ..., and every rank gets all. Raises ModelError if they are not finite.
+    Rank r computes micro-batches r, r + W, ..., and every rank gets all. Raises ModelError if they are not finite.
     """
     comm = learner.comm
     bare = collate([Example(e.origin, "group", e.prompt, (e.prompt[-1:],), (0,)) for e in examples])
     reporter.start(phase, len(examples), "rows")
     found: dict[int, np.ndarray] = {}
-    for rows in micro_batches(bare, limit, at_least=comm.size)[comm.rank :: comm.size]:
+    for rows in micro_batches(bare, learner.info.micro_batch_tokens, at_least=comm.size)[comm.rank :: comm.size]:
         prompts = tuple(examples[r].prompt for r in rows)
         found.update(zip(rows, learner.prompt_states(Forest(prompts, (), np.zeros(0, np.int64)), reference=reference), strict=True))
         reporter.advance(min(len(rows) * comm.size, len(examples)))
@@ -38,14 +38,14 @@ def prompt_states(learner: Learner, examples: Sequence[Example], limit: int, pha
     return states
 
 
-def with_embeddings(learner: Learner, train: Sequence[Example], held_out: Sequence[Example], limit: int, reporter: Reporter) -> tuple[list[Example], list[Example]]:
+def with_embeddings(learner: Learner, train: Sequence[Example], held_out: Sequence[Example], reporter: Reporter) -> tuple[list[Example], list[Example]]:
     """Both splits with `embedding`: the reference's hidden state of the prompt, less the mean over the training rows, of unit length.
 
     Without the subtraction all prompts are alike: they end in the same tokens of the chat template, and hidden states share a large
     common direction.
     """
     splits = [list(train), list(held_out)]
-    states = [prompt_states(learner, rows, limit, "prompt embeddings", reporter, reference=0) if rows else None for rows in splits]
+    states = [prompt_states(learner, rows, "prompt embeddings", reporter, reference=0) if rows else None for rows in splits]
     assert states[0] is not None
     centre = states[0].mean(axis=0)
     for rows, found in zip(splits, states, strict=True):

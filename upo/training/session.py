@@ -97,7 +97,7 @@ class Session:
             self.learner.load_state(checkpoint.state())
             self.reporter.info(f"Going on after step {checkpoint.step} of {self.total_steps} ({done_by(self._manifest)}).")
         elif self.objective.needs & {"value", "token_values"}:
-            self.value_fit = fit_value(self.learner, self._prepared.train, self.learner.info.micro_batch_tokens, self.reporter)
+            self.value_fit = fit_value(self.learner, self._prepared.train, self.reporter)
             self.reporter.info("Value head fitted: " + ", ".join(f"{name} {value:.4g}" for name, value in self.value_fit.items()))
 
     def run(self) -> dict[str, Any]:
@@ -232,8 +232,7 @@ class Session:
             cached = f", the other {size - found.scored:,} from the cache" if 0 < found.scored < size else ""
             self.reporter.info(f"Reference ({split}): {found.scored or size:,} completions {'scored' if found.scored else 'from the cache'}{cached}.")
         if "distance" in self.objective.needs:
-            limit = self.learner.info.micro_batch_tokens
-            splits["train"], splits["eval"] = with_embeddings(self.learner, splits["train"], splits["eval"], limit, self.reporter)
+            splits["train"], splits["eval"] = with_embeddings(self.learner, splits["train"], splits["eval"], self.reporter)
         self._prepared = replace(prepared, train=splits["train"], eval=splits["eval"])
         self.progress.reference_s += time.perf_counter() - began
         self._inputs = replace(self._inputs, reference={split: logps_of(splits[split]) for split in keys})

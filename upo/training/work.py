@@ -28,21 +28,21 @@ def forest_work(forest: Forest, layout: str) -> Work:
     return Work(slots, tokens, sum(p * max(0, len(cs) - 1) for p, cs in lengths), pairs, scored)
 
 
-def batch_work(batch: Batch, limit: int, ranks: int, info: ModelInfo) -> tuple[Work, Work]:
+def batch_work(batch: Batch, ranks: int, info: ModelInfo) -> tuple[Work, Work]:
     """Over all micro-batches and ranks: the rows' completions and anchors, and KTO's partners."""
 
     def total(whole: Batch) -> Work:
-        parts = micro_batches(whole, limit, at_least=ranks, layout=info.layout, device=info.device)
+        parts = micro_batches(whole, info.micro_batch_tokens, at_least=ranks, layout=info.layout, device=info.device)
         return sum((forest_work(whole.select(rows)[0].scored, info.layout) for rows in parts), Work())
 
     return total(batch), Work() if batch.partners is None else total(partners_of(batch))
 
 
-def evaluation_work(batch: Batch, limit: int, ranks: int, info: ModelInfo) -> tuple[Work, Work]:
+def evaluation_work(batch: Batch, ranks: int, info: ModelInfo) -> tuple[Work, Work]:
     """The same for an evaluation, which is first cut into what all ranks score together."""
     own, partners = Work(), Work()
-    for rows in micro_batches(batch, limit * ranks, layout=info.layout, device=info.device):
-        first, second = batch_work(batch.select(rows)[0], limit, ranks, info)
+    for rows in micro_batches(batch, info.micro_batch_tokens * ranks, layout=info.layout, device=info.device):
+        first, second = batch_work(batch.select(rows)[0], ranks, info)
         own, partners = own + first, partners + second
     return own, partners
 
