@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from upo import models, tensors
 from upo.backend import Comm
-from upo.config import RunConfig
+from upo.config import RunConfig, TrainConfig
 from upo.data.batch import FEW_TOKENS
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.\d+\.")
@@ -139,15 +139,15 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def choose(config: RunConfig, needs: Callable[[int], Estimate], free: float, device: str, comm: Comm | None = None, able: str | None = None) -> Choice:
+def choose(config: RunConfig, needs: Callable[[int], Estimate], free: float, device: str, comm: Comm | None = None, unable: str | None = None) -> Choice:
     """What `auto` stands for: the most tokens at which all activations fit, or at which they fit when recomputed.
 
-    `needs`: the estimate for micro-batches of so many token slots. `free`: bytes free on the device before the model is there. `able`: why
+    `needs`: the estimate for micro-batches of so many token slots. `free`: bytes free on the device before the model is there. `unable`: why
     this model cannot recompute. The same on every rank (collective).
     """
     train, share = config.train, SHARE.get(device, SHARE_GPU)
     sizes = (train.micro_batch_tokens,) if train.micro_batch_tokens != "auto" else MANY_TOKENS if device == "cuda" else (FEW_TOKENS,)
-    ways = (train.gradient_checkpointing,) if train.gradient_checkpointing != "auto" else (False,) if able else (False, True)
+    ways = (train.gradient_checkpointing,) if train.gradient_checkpointing != "auto" else (False,) if unable else (False, True)
     options = [(tokens, recompute) for recompute in ways for tokens in sizes]
     total = lambda tokens, recompute: needs(max(tokens, 2 * train.max_length)).total(recompute)  # a pair of the longest texts is not divided  # noqa: E731
     mine = next((i for i, option in enumerate(options) if total(*option) <= share * free), len(options) - 1)
@@ -155,13 +155,23 @@ def choose(config: RunConfig, needs: Callable[[int], Estimate], free: float, dev
     if comm is not None:
         agreed = int(np.flatnonzero(comm.all_sum(np.eye(len(options), dtype=np.float32)[mine]))[-1])
     tokens, recompute = options[agreed]
-    said = [f"train.micro_batch_tokens: {tokens}"] if len(sizes) > 1 else []
+    figures = [f"about {_gb(total(tokens, recompute))}{f' instead of {_gb(total(tokens, False))}' if recompute else ''}"]
+    figures += [f"{_gb(free)} free, of which {share:.0%} may be taken"] + ["another rank has less"] * (agreed != mine)
+    return Choice(tokens, recompute, _notes(train, tokens if len(sizes) > 1 else None, recompute, unable, figures))
+
+
+def _notes(train: TrainConfig, tokens: int | None, recompute: bool, unable: str | None, figures: Sequence[str]) -> tuple[str, ...]:
+    """A sentence on what was decided, with its reasons; none where the configuration left nothing open. `tokens`: None if those were given."""
+    said = [] if tokens is None else [f"train.micro_batch_tokens: {tokens}"]
+    reasons = list(figures)
     if train.gradient_checkpointing == "auto":
         said.append(f"train.gradient_checkpointing: {'on' if recompute else 'off'}")
-    figures = [f"about {total(tokens, recompute) / 1e9:.1f} GB{f' instead of {total(tokens, False) / 1e9:.1f} GB' if recompute else ''}"]
-    figures = [*([able] if able and len(said) and train.gradient_checkpointing == "auto" else []), *figures, f"{free / 1e9:.1f} GB free, of which {share:.0%} may be taken"]
-    figures += ["another rank has less"] if agreed != mine else []
-    return Choice(tokens, recompute, (f"{', '.join(said)} ({'; '.join(figures)}).",) if said else ())
+        reasons = [*([unable] if unable else []), *reasons]
+    return (f"{', '.join(said)} ({'; '.join(reasons)}).",) if said else ()
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 def decided(config: RunConfig, choice: Choice) -> RunConfig:

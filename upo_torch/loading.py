@@ -62,8 +62,8 @@ def choose_memory(config: RunConfig, model: Model, folder: Path, free: int, comm
     def needs(tokens: int) -> memory.Estimate:
         return memory.estimate(config, shapes, adapter, model.net.dtype.itemsize, tokens, config.train.max_length, "torch")
 
-    able = None if model.recomputable() else f"{type(model.net).__name__} does not support it"
-    return memory.choose(config, needs, free, model.device.type, comm, able)
+    unable = None if model.recomputable() else f"{type(model.net).__name__} does not support it"
+    return memory.choose(config, needs, free, model.device.type, comm, unable)
 
 
 def add_adapters(config: RunConfig, model: Model) -> list[str]:

@@ -68,7 +68,7 @@ def test_the_choice_on_cuda():
         assert (found.tokens, found.recompute) == (tokens, recompute), free
     both = "train.micro_batch_tokens: 16384, train.gradient_checkpointing: off (about 33.9 GB; 50.0 GB free, of which 80% may be taken)."
     assert choose(auto(), needs, 50e9, "cuda").notes == (both,)
-    unable = choose(auto(), needs, 1e9, "cuda", able="BloomForCausalLM does not support it")
+    unable = choose(auto(), needs, 1e9, "cuda", unable="BloomForCausalLM does not support it")
     off = "train.micro_batch_tokens: 2048, train.gradient_checkpointing: off"
     assert unable == Choice(2048, False, (f"{off} (BloomForCausalLM does not support it; about 5.2 GB; 1.0 GB free, of which 80% may be taken).",))
 
