@@ -3,7 +3,7 @@
     python benchmarks/preference_step.py --out runs/bench --venvs .venvs
 
 Without --only, everything in this order: the check that all do the same work, the table of contenders, each technique on and off, time and
-memory against length and completions per prompt, and UPO against KTO. Runs that --out holds are not repeated, so a stopped call goes on
+memory against length, completions per prompt and rows, and UPO against KTO. Runs that --out holds are not repeated, so a stopped call goes on
 where it was. Every run is a process of its own; those of several contenders alternate. Leave the machine alone meanwhile.
 """
 
@@ -115,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--model", type=Path, help="model folder; default: SmolLM2-135M-Instruct as `upo quickstart` finds it")
     found.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192], help="tokens of prompt and completion together")
     found.add_argument("--completions", type=int, nargs="+", default=[1, 2, 4, 8], help="completions per prompt")
+    found.add_argument("--rows-a-step", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="pairs in a step, of one length")
     return found
 
 

@@ -22,7 +22,7 @@ import card
 import lengths
 import preference_step
 import same_work
-from harness import lineup, work
+from harness import arithmetic, lineup, work
 from harness.plot import Curve, Panel, picture
 from harness.runs import Contender, Failed, Pythons, Run, interleaved, measure, same_tokens
 from harness.tables import ratios, spread, table
@@ -157,6 +157,44 @@ def test_flops_of_a_step():
     # Weights 4 * 4 + 3 * 6 = 34 for 6 tokens, the head's 10 for 3, each three times; attention 4 * 2 for 6 + (4 + 5) + 4 looks, four times.
     assert card.step_flops(shape, [(3, 2, 1)]) == 3 * (2 * 34 * 6 + 2 * 10 * 3) + 4 * (8 * (6 + 9 + 4))
     assert all(p + max(c, r) <= 1024 for p, c, r in card.card_lengths(500, 1024))
+
+
+def test_arithmetic_of_a_step_and_attentions_part_of_it(tmp_path, tiny_llama):
+    """Against the count of the other benchmark, to which the adapter adds 2 a weight and token in either forward pass and 4 backward."""
+    made = work.prepare(tmp_path, rows_of(6), tiny_llama, batch_size=2, max_length=64)
+    lengths = [(len(t["prompt"]), *map(len, t["completions"])) for t in map(json.loads, Path(made.tokens).read_text().splitlines()[:2])]
+    config = json.loads((tiny_llama / "config.json").read_text())
+    total, share = arithmetic.step_flops(made)
+    adapter = 8 * arithmetic.model_sizes(made).adapter * sum(map(sum, lengths))
+    assert adapter > 0 and total == pytest.approx(card.step_flops(config, lengths) + adapter, rel=1e-12)
+    looked_at = sum(card.looked_at(0, p) + card.looked_at(p, c) + card.looked_at(p, r) for p, c, r in lengths)
+    wide = config["num_attention_heads"] * config["head_dim"]
+    assert share * total == pytest.approx(16 * config["num_hidden_layers"] * wide * looked_at, rel=1e-12)
+
+
+def test_a_sweep_goes_on_without_who_failed_and_shows_arithmetic_from_our_first_point(monkeypatch):
+    """Ours takes 2, 3, 8 s for 1, 4, 6 times the arithmetic; the other one runs out of memory at the second size."""
+    seconds, flops = {1: 2.0, 2: 3.0, 4: 8.0}, {1: (10.0, 0.1), 2: (40.0, 0.2), 4: (60.0, 0.3)}
+    works = {n: work.Work("m", f"out/{n}/rows.jsonl", "o", "t", "a", "0", 2, 2, batch_size=n) for n in seconds}
+
+    def found(contender, made, folder, with_peers):
+        if contender.name == "other" and made.batch_size == 2:
+            raise Failed("out of memory")
+        return run(contender.name, (9.0, seconds[made.batch_size] - 0.5), reference=1.0)
+
+    monkeypatch.setattr(lengths, "measure", found)
+    monkeypatch.setattr(lengths, "step_flops", lambda made: flops[made.batch_size])
+    sweep = lengths.Sweep("rows", works, [Contender("ours", "upo"), Contender("other", "upo")])
+    assert list(lengths.measured(sweep, Path("f"), None)) == ["other stops at 2: out of memory"]
+    assert [(c.name, c.points) for c in lengths.curves(sweep, lengths.step_seconds)] == [
+        ("ours", [(1, 2.0), (2, 3.0), (4, 8.0)]), ("other", [(1, 2.0)]), (lengths.ARITHMETIC, [(1, 2.0), (2, 8.0), (4, 12.0)]),
+    ]  # fmt: skip
+    assert lengths.listing(sweep).splitlines()[2:] == [
+        "| ours | 2.00 s, 4.00 GB | 3.00 s, 4.00 GB | 8.00 s, 4.00 GB |",
+        "| other | 2.00 s, 4.00 GB | – | – |",
+        "| arithmetic, TFLOP | 0.00 | 0.00 | 0.00 |",
+        "| attention's share of it | 10 % | 20 % | 30 % |",
+    ]
 
 
 def test_plot_is_drawn_on_logarithmic_axes():

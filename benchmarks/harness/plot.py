@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT, GAP = 300, 200, 62
-STROKES = (("#0b5fa5", ""), ("#0b5fa5", "4 3"), ("#b3541e", ""), ("#2e7d32", ""), ("#2e7d32", "4 3"), ("#6a4c93", ""))
+STROKES = (("#0b5fa5", ""), ("#0b5fa5", "4 3"), ("#b3541e", ""), ("#2e7d32", ""), ("#2e7d32", "4 3"), ("#6a4c93", ""), ("#777777", "1 3"))
 
 
 @dataclass(frozen=True)
