@@ -65,7 +65,10 @@ def signs(tokens: int) -> np.ndarray:
 
 def unlike(plain: Measure, shared: Measure, forest: Forest, dtype: str) -> str | None:
     """By how much `shared`, each prompt once, differs from `plain`, a prompt for each completion; None if by rounding (`dtype`'s) only."""
-    expected, found = plain(forest), shared(forest)
+    return _apart(shared(forest), plain(forest), dtype)
+
+
+def _apart(found: Measured, expected: Measured, dtype: str) -> str | None:
     apart = float(np.sqrt(np.mean((found.logps - expected.logps) ** 2)))
     if not apart <= LIMITS[dtype]:
         return f"a prompt computed once gives log-probs that differ by {apart:.2g} nats a token from those of a prompt for each completion"
@@ -82,12 +85,13 @@ def why_not(plain: Measure, shared: Measure, vocab: int, dtype: str, mixture: bo
     16 bits too; where the tokens of a `mixture` of experts are multiplied in groups, up to rounding.
     """
     forest = example(vocab)
-    if reason := unlike(plain, shared, forest, dtype):
+    found = shared(forest)
+    if reason := _apart(found, plain(forest), dtype):
         return reason
     changed = (1, 2)  # laid out by index or by prompt, a completion that changes stands before one that must not notice
     others = tuple((c[::-1] + 1) % vocab if i in changed else c for i, c in enumerate(forest.completions))
     kept = ~np.isin(np.repeat(np.arange(len(others)), forest.lengths), changed)
-    leak = float(np.abs(shared(replace(forest, completions=others)).logps - shared(forest).logps)[kept].max())
+    leak = float(np.abs(shared(replace(forest, completions=others)).logps - found.logps)[kept].max())
     if not leak <= (LIMITS[dtype] if mixture else LEAK):
         return f"the tokens of one completion move the log-probs of another by {leak:.2g} nats"
     return None

@@ -35,14 +35,13 @@ def unlike_on(model: Model, row: Forest, comm: Comm) -> str | None:
 def why_not_shared(model: Model) -> str | None:
     """The reason why this model must not compute a prompt once for all its completions; None if it may."""
 
-    def check() -> str | None:
-        measure(model, sharing.example(model.head.width), True)
+    def shared(forest: Forest) -> Measured:
+        found = measure(model, forest, True)
         if (calls := sum(plan.calls for plan in model.attention.plans)) != model.layers:
-            return f"{calls} of the {model.layers} layers look at other tokens through attention alone"
-        plain, shared = (lambda f: measure(model, f, False)), (lambda f: measure(model, f, True))
-        return sharing.why_not(plain, shared, model.head.width, _dtype(model), has_experts(model))
+            raise Unshareable(f"{calls} of the {model.layers} layers look at other tokens through attention alone")
+        return found
 
-    return _tried(check)
+    return _tried(lambda: sharing.why_not(lambda f: measure(model, f, False), shared, model.head.width, _dtype(model), has_experts(model)))
 
 
 def measure(model: Model, forest: Forest, shared: bool) -> Measured:
