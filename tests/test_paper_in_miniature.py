@@ -39,10 +39,10 @@ def test_all_methods_have_the_same_steps_batches_schedule_and_adapter_and_their_
 
 def test_goals_are_those_of_the_method():
     weights = {name: [(g.scorer, g.weight) for g in configuration(name, 0, SETTINGS).objective.goals] for name in METHODS}
-    label, full, half = ("column", 1.0), [("readability", 0.3), ("profanity", 0.7)], [("readability", 0.15), ("profanity", 0.35)]
+    label, full, half = ("column", 1.0), [("readability", 0.05), ("profanity", 0.95)], [("readability", 0.025), ("profanity", 0.475)]
     none: list = []
     assert weights == {
-        "upo": full, "kto": none, "dpo": none, "sft": none, "csft": none, "offline_ppo": [label], "modpo": half,
+        "upo": full, "upo_mean": full, "kto": none, "dpo": none, "sft": none, "csft": none, "offline_ppo": [label], "modpo": half,
         "a_lol": [label, *full], "aoppo": [label, *full], "dro_v": [label, *full],
     }  # fmt: skip
 
@@ -51,6 +51,12 @@ def test_upos_actor_is_on_from_the_first_step_and_gamma_is_the_options():
     config = configuration("upo", 0, replace(SETTINGS, gamma=0.7))
     assert config.objective.auxiliary.actor_warmup_steps == 0
     assert config.objective.auxiliary.gamma == 0.7
+
+
+def test_a_constant_v_gets_no_gradient_and_no_fit():
+    constant, usual = (configuration(name, 0, SETTINGS).objective.auxiliary for name in ("upo_mean", "upo"))
+    assert (constant.value_coef, constant.value.fit_steps) == (0, 0) and usual.value_coef > 0 and usual.value.fit_steps > 0
+    assert (constant.temperature, constant.gamma) == (20, 0.03)
 
 
 def test_seeds_belong_to_the_compared_methods():

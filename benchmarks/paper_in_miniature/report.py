@@ -37,7 +37,7 @@ def report(jobs: Sequence[Job], failed: Mapping[str, str], out: Path, by: Mappin
         found[name] = Found({key: np.stack([v[key] for v in values]) for key in values[0]}, tuple(job.seed for job in runs), *_steps(runs))
     text = "# The paper in miniature\n\n" + (SMALL if short else "") + about(list(records.values()), jobs)
     text += "\n" + methods_table(found, {job.method: failed[job.name] for job in jobs if job.name in failed}) + "\n" + NOTES
-    if intervals := intervals_table(found):
+    if intervals := "\n".join(filter(None, (intervals_table(found, ours) for ours in ("upo", "upo_mean")))):
         text += f"\n## UPO against KTO, DPO and where it started\n\n{intervals}\n{HOW_SURE}"
     if paper := paper_table(found):
         text += f"\n## Beside the paper\n\n{paper}\n{PAPER_NOTES}"

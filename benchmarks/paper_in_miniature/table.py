@@ -79,19 +79,19 @@ def methods_table(found: Mapping[str, Found], failed: Mapping[str, str]) -> str:
     return table(columns, lines)
 
 
-def intervals_table(found: Mapping[str, Found]) -> str:
-    """UPO less KTO, DPO and the base model, on the seeds that both have; empty where there is nothing to compare."""
+def intervals_table(found: Mapping[str, Found], ours: str = "upo") -> str:
+    """A way of UPO less KTO, DPO and the base model, on the seeds that both have; empty where there is nothing to compare."""
     others = [name for name in ("kto", "dpo", BASE) if name in found]
-    if "upo" not in found or not others:
+    if ours not in found or not others:
         return ""
     lines = []
     for key, label, digits in COMPARED:
         cells = []
         for name in others:
-            seeds = [seed for seed in found["upo"].seeds if seed in found[name].seeds]
-            cells.append(_interval(found["upo"].of(seeds, key), found[name].of(seeds, key), 100 if key.startswith(PER_CENT) else 1, digits) if seeds else NONE)
+            seeds = [seed for seed in found[ours].seeds if seed in found[name].seeds]
+            cells.append(_interval(found[ours].of(seeds, key), found[name].of(seeds, key), 100 if key.startswith(PER_CENT) else 1, digits) if seeds else NONE)
         lines.append((label + (", points" if key.startswith(PER_CENT) else ""), *cells))
-    return table(("difference, 95 % interval", *(f"UPO - {title(name)}" for name in others)), lines)
+    return table(("difference, 95 % interval", *(f"{title(ours)} - {title(name)}" for name in others)), lines)
 
 
 def paper_table(found: Mapping[str, Found]) -> str:
