@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from paper_in_miniature.jobs import Job, step_seconds
 from paper_in_miniature.measure import OTHER_READABILITY, OTHER_SAFETY, READABILITY, SAFETY, measure
-from paper_in_miniature.methods import GOALS, METHODS
+from paper_in_miniature.methods import CONSTANT_V, GOALS, METHODS
 from paper_in_miniature.table import BASE, Found, intervals_table, methods_table, paper_table, title
 
 from upo.errors import RunError
@@ -67,11 +67,15 @@ def about(records: Sequence[Mapping[str, Any]], jobs: Sequence[Job]) -> str:
     seeds = {name: sum(job.method == name for job in jobs) for name in dict.fromkeys(job.method for job in jobs) if name != BASE}
     several = ", ".join(f"{title(name)} {count}" for name, count in seeds.items() if METHODS[name].seeded)
     goals = " + ".join(f"{goal['weight']:g} {goal['scorer']}" for goal in GOALS)
+    constant = (
+        f" With a constant V, UPO compares an answer's reward with the mean of the data and not with a fitted value head, at temperature "
+        f"{CONSTANT_V['objective.auxiliary.temperature']:g} and gamma {CONSTANT_V['objective.auxiliary.gamma']:g}."
+    )
     return (
         f"{Path(settings['model']).name} ({where}), LoRA on all linear layers, {settings['steps']} steps of "
         f"{settings['batch_size']} pairs, of {settings['rows']}, for every method, learning rate {settings['lr']:g} for all of them, UPO with gamma {settings['gamma']:g} from the first step "
         f"on. Seeds: {several}; a star marks methods with one. Goals: R = {goals}. {len(record['samples'])} held-out prompts of conversations that are not trained "
-        f"on, {settings['samples']} answers to each of at most {settings['max_tokens']} tokens; accuracy on {len(record['margins'])} held-out pairs.\n"
+        f"on, {settings['samples']} answers to each of at most {settings['max_tokens']} tokens; accuracy on {len(record['margins'])} held-out pairs.{constant if 'upo_mean' in seeds else ''}\n"
     )
 
 
