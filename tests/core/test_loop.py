@@ -329,9 +329,14 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     learner = FakeLearner(config)
 
     def twice(step: int) -> None:
+        """A signal may reach the process by another thread, a moment later, and two that wait are one."""
         if step == 3:
             signal.raise_signal(signal.SIGINT)
+            until = time.monotonic() + 10
+            while time.monotonic() < until and not any("Ctrl-C again" in text for text in listener.warnings):
+                time.sleep(0.001)
             signal.raise_signal(signal.SIGINT)
+            time.sleep(10)
 
     learner.before_step = twice
     with pytest.raises(KeyboardInterrupt):
