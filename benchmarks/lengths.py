@@ -88,7 +88,7 @@ def ours(backend: str) -> list[Contender]:
 
 
 def chosen(of: Callable[[str], list[Contender]], options: argparse.Namespace) -> list[Contender]:
-    return [c for backend in options.backends for c in of(backend) if not options.contender or any(part in c.name for part in options.contender)]
+    return [c for backend in options.backends for c in of(backend) if lineup.wanted(c, options)]
 
 
 def measured(sweep: Sweep, folder: Path, with_peers: Any) -> Iterable[str]:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness import lineup
+from harness.lineup import wanted
 from harness.peers import header, pythons
-from harness.runs import Contender, Failed, Run, interleaved, same_tokens
+from harness.runs import Failed, Run, interleaved, same_tokens
 from harness.tables import of_runs, ratios, table
 from harness.work import ROWS, Work, prepare, quickstart_model, real_rows
 from lengths import lengths
@@ -94,10 +95,6 @@ def setups(found: dict[str, list[Run]]) -> str:
     lines = [f"- {name}: " + ", ".join(f"{key} {value}" for key, value in runs[0].setup.items()) for name, runs in found.items() if runs[0].setup]
     notes = [f"- {name}: {note}" for name, runs in found.items() for note in dict.fromkeys(note for run in runs for note in run.notes)]
     return "\n".join([*lines, *notes]) + "\n" if lines or notes else ""
-
-
-def wanted(contender: Contender, options: argparse.Namespace) -> bool:
-    return not options.contender or any(part in contender.name for part in options.contender)
 
 
 def parser() -> argparse.ArgumentParser:

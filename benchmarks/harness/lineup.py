@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from harness.runs import Contender
 
 
@@ -60,3 +62,8 @@ def techniques(backend: str) -> list[Contender]:
         upo(backend, dtype, "train.micro_batch_tokens=100000", name="one micro-batch a step"),
     ]
     return [*found, *([upo(backend, "float32")] if backend == "torch" else [])]
+
+
+def wanted(contender: Contender, options: argparse.Namespace) -> bool:
+    """Whether --contender names it, if anything."""
+    return not options.contender or any(part in contender.name for part in options.contender)

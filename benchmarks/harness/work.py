@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,11 @@ from upo.data.load import load_data
 from upo.data.order import step_rows, total_steps
 from upo.data.tokenizer import load_tokenizer
 from upo.errors import DataError
+from upo.memory import model_shapes
 from upo.targets import fresh_arrays
-from upo.tensors import read_header
 from upo.training.reporter import Reporter, Silent
 
 ROWS = Path(__file__).parents[2].parent / "shared" / "data" / "hh_harmless.jsonl"
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WORDS = " the a an of to in is on it for as with that this was be are by not at or from but his her they all we can she out who one has had".split()
 
 
@@ -69,20 +68,9 @@ def prepare(folder: Path, rows: Sequence[dict[str, Any]], model: Path, *, batch_
 
 def write_adapter(folder: Path, model: Path, work: Work) -> None:
     """The adapter with which a run of ours starts, so that the others start with it too."""
-    dims = linear_dims(weight_shapes(model))
+    dims = model_shapes(model).linears
     arrays = fresh_arrays(dims, sorted(dims), work.rank, work.seed)
     adapters.write_adapter(folder, arrays, adapters.peft_config(str(model), work.rank, work.alpha, sorted(dims)), overwrite=True)
-
-
-def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Of every array of the model, by name."""
-    return {name: tuple(entry.shape) for file in sorted(model.glob("*.safetensors")) for name, entry in read_header(file).entries.items()}
-
-
-def linear_dims(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linear layers that get an adapter, by path."""
-    paths = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
-    return {path: (shape[1], shape[0]) for path, shape in paths.items() if path.rpartition(".")[2] in LINEARS}
 
 
 def real_rows(path: Path, count: int) -> list[dict[str, Any]]:
