@@ -31,6 +31,7 @@ LIMITS = {"float32": 1e-3, "bfloat16": 0.4, "float16": 0.05}
 # Of the gradient, by its norm. Rounding was 4e-6 in float32 and 0.06 in bfloat16 there; a wrong position, or padding that is seen, 0.6 to 0.8.
 SLOPE_LIMITS = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.5}
 LONG = 32  # tokens of a prompt
+MOST = (128, 64)  # tokens of a prompt and of a completion
 LEAK = 1e-3  # largest, in nats, in any format: equal shapes with other numbers beside them give equal numbers
 
 # What the code of a family may raise where it is given shapes, masks or caches that it does not expect.
@@ -45,17 +46,17 @@ def example(vocab: int) -> Forest:
     return Forest(tuple(parts[:3]), tuple(parts[3:]), np.array([1, 0, 1, 2, 1]))
 
 
-def row_of(examples: Sequence[Example], limit: int) -> Forest:
-    """The row of the data to try, of those within `limit` padded slots: the smallest that shares a prompt of at least LONG tokens, more than
-    `example` has, as a longer one costs more and says no more; where there is none, the one with the longest prompt."""
+def row_of(examples: Sequence[Example]) -> Forest:
+    """The row of the data to try: the smallest that shares a prompt of at least LONG tokens, more than `example` has; where there is none,
+    the one with the longest prompt. Two completions of it, cut to MOST tokens: a longer row costs more and says no more."""
 
     def slots(e: Example) -> int:
         return padded_size([(len(e.prompt), [len(c) for c in e.completions])])
 
-    fitting = [e for e in examples if slots(e) <= limit] or [min(examples, key=slots)]
-    sharing = [e for e in fitting if len(e.prompt) >= LONG and len(e.completions) > 1]
-    row = min(sharing, key=slots) if sharing else max(fitting, key=lambda e: len(e.prompt))
-    return Forest((row.prompt,), row.completions, np.zeros(len(row.completions), np.int64))
+    sharing = [e for e in examples if len(e.prompt) >= LONG and len(e.completions) > 1]
+    row = min(sharing, key=slots) if sharing else max(examples, key=lambda e: len(e.prompt))
+    completions = tuple(c[: MOST[1]] for c in row.completions[:2])
+    return Forest((row.prompt[: MOST[0]],), completions, np.zeros(len(completions), np.int64))
 
 
 def signs(tokens: int) -> np.ndarray:

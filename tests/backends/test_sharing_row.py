@@ -44,11 +44,11 @@ def blind_beyond(backend: str, monkeypatch) -> None:
 def test_a_row_that_is_scored_alike(backend, tiny_llama, checkpointing):
     learner = load(backend, tiny_llama, gradient_checkpointing=checkpointing)
     before = learner.info
-    learner.check_sharing(row_of(rows(), 8192))
+    learner.check_sharing(row_of(rows()))
     assert learner.info == before and before.layout != "padded"
     padded = load(backend, tiny_llama, "off")
     before = padded.info
-    padded.check_sharing(row_of(rows(), 8192))
+    padded.check_sharing(row_of(rows()))
     assert padded.info == before and before.layout == "padded"
 
 
@@ -56,18 +56,18 @@ def test_a_fault_of_long_rows_falls_back(backend, tiny_llama, monkeypatch):
     blind_beyond(backend, monkeypatch)
     learner, padded = load(backend, tiny_llama), load(backend, tiny_llama, "off")
     assert learner.info.layout != "padded", "the check at loading does not see it"
-    learner.check_sharing(row_of(rows()[:3], 8192))
+    learner.check_sharing(row_of(rows()[:3]))
     assert learner.info.layout != "padded", "nor do short rows"
     batch = collate(rows())
     assert np.abs(learner.logps(batch.forest) - padded.logps(batch.forest)).max() > 1e-2
-    learner.check_sharing(row_of(rows(), 8192))
+    learner.check_sharing(row_of(rows()))
     assert learner.info.layout == "padded"
     note = learner.info.notes[-1]
     assert note.startswith("train.prefix_sharing: each completion is computed with a prompt of its own: with ")
     assert "on a row of the data, a prompt computed once gives log-probs that differ by" in note
     np.testing.assert_array_equal(learner.logps(batch.forest), padded.logps(batch.forest))
     again = learner.info
-    learner.check_sharing(row_of(rows(), 8192))  # nothing is left to fall back from
+    learner.check_sharing(row_of(rows()))  # nothing is left to fall back from
     assert learner.info == again
 
 
@@ -79,5 +79,5 @@ def test_an_error_on_a_long_row_falls_back(backend, tiny_llama, monkeypatch):
         raise RuntimeError("no kernel\nfor this shape")
 
     monkeypatch.setattr(module, "_fused", broken) if backend == "torch" else monkeypatch.setattr(module.Ground, "join", broken)
-    learner.check_sharing(row_of(rows(), 8192))
+    learner.check_sharing(row_of(rows()))
     assert learner.info.layout == "padded" and "it does not run on shared prompts (no kernel for this shape)" in learner.info.notes[-1]

@@ -252,6 +252,31 @@ def test_which_kernel(monkeypatch):
     assert chosen(one, other) == ""
 
 
+@pytest.mark.parametrize(("tree", "seen"), [(Tree(60, (150, 3)), torch.float32), (Tree(500, (300, 20)), torch.bfloat16), (Tree(300, (280,)), torch.bfloat16)])
+def test_long_rows_stay_in_16_bits_on_a_cpu(monkeypatch, tree, seen):
+    """Short ones are computed in float32, and either is as far from float32 as bfloat16 rounds (2^-9 of each number): value and gradient."""
+    dtypes, fused = [], attention._fused
+
+    def watched(query, key, value, mask, scale):
+        dtypes.extend((query.dtype, key.dtype, value.dtype))
+        return fused(query, key, value, mask, scale)
+
+    monkeypatch.setattr(attention, "_fused", watched)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, tree.tokens, 16).bfloat16() for heads in (4, 2, 2)]
+    up = torch.randn(1, tree.tokens, 4, 16)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
+        out, _ = attention.attend(torch.nn.Identity(), q, k, v, attention.plan((tree,), lambda q, k: k <= q, None, CPU))
+        assert out.dtype == dtype
+        found.append((out, *torch.autograd.grad((out.float() * up).sum(), (q, k, v))))
+    half = len(dtypes) // 2
+    assert set(dtypes[:half]) == {seen} and set(dtypes[half:]) == {torch.float32}
+    for a, b in zip(*found, strict=True):
+        assert (a.float() - b).norm() < 0.01 * b.norm()
+
+
 def test_no_frozen_weight_is_cast():
     """In 16 bits only the adapter's masters are, once for each use in either pass; the head is multiplied as it is."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -101,20 +101,21 @@ def test_the_tokens_of_the_check():
 
 
 def test_the_row_of_the_check():
-    """The smallest of those that share a long prompt and fit padded; else the longest prompt that fits, the first of equals; else the smallest."""
+    """The smallest of those that share a long prompt, else the longest prompt, the first of equals; two completions of it, and of a long row the beginning."""
 
-    def chosen(rows, limit):
-        tokens = lambda n, first=1: np.full(n, first, np.int32)  # noqa: E731
+    def chosen(rows):
+        tokens = lambda n, first=1: np.arange(first, first + n, dtype=np.int32)  # noqa: E731
         made = [Example(f"t:{i}", "pair", tokens(p, i), tuple(map(tokens, cs)), (1,) * len(cs)) for i, (p, *cs) in enumerate(rows)]
-        forest = sharing.row_of(made, limit)
+        forest = sharing.row_of(made)
         assert forest.owner.tolist() == [0] * len(forest.completions)
+        assert all(part[-1] - part[0] == part.size - 1 for part in (*forest.prompts, *forest.completions))
         return int(forest.prompts[0][0]), forest.prompts[0].size, [len(c) for c in forest.completions]
 
     rows = [(60, 5, 5), (32, 9, 1), (31, 1, 1), (40, 1), (33, 2, 3)]
-    assert chosen(rows, 1000) == (4, 33, [2, 3])  # 72 slots; row 1 takes 82
-    assert chosen(rows, 71) == (3, 40, [1])
-    short = [(9, 30, 1), (8, 2, 3), (8, 1, 1), (5, 2, 2)]
-    assert [chosen(short, limit)[0] for limit in (78, 77, 13)] == [0, 1, 3]
+    assert chosen(rows) == (4, 33, [2, 3])  # 72 slots; row 1 takes 82
+    assert chosen(rows[2:4]) == (1, 40, [1])
+    assert chosen([(9, 30, 1), (8, 2, 3), (9, 1, 1)]) == (0, 9, [30, 1])
+    assert chosen([(4000, 3000, 70, 9)]) == (0, 128, [64, 64])
 
 
 def test_any_rank_that_cannot_share_is_heard():

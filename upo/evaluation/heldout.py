@@ -30,7 +30,7 @@ class HeldOut:
     def of(cls, config: RunConfig, learner: Learner, backend: str, examples: Sequence[Example], reporter: Reporter) -> HeldOut:
         """Scores the reference, unless its cache has these rows."""
         bare, known = [replace(e, anchor=None) for e in examples], len(learner.info.notes)
-        learner.check_sharing(row_of(bare, learner.info.micro_batch_tokens))  # before anything is scored, as in training
+        learner.check_sharing(row_of(bare))  # before anything is scored, as in training
         for note in learner.info.notes[known:]:
             reporter.info(note)
         rows = with_reference(config, learner, backend, bare, "held-out rows", reporter).examples

@@ -86,7 +86,7 @@ class Session:
         self.learner = learner if learner is not None else get_backend(config.backend).load(config)
         if self.learner.comm.rank > 0:
             self.reporter.inner = Silent()
-        self.learner.check_sharing(row_of(self._prepared.train, self.learner.info.micro_batch_tokens))  # the layout is part of the reference's key
+        self.learner.check_sharing(row_of(self._prepared.train))  # the layout is part of the reference's key
         for note in self.learner.info.notes:
             self.reporter.info(note)
         self._identity["model"] = self.learner.info.weights_hash
