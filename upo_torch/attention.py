@@ -36,6 +36,7 @@ except ImportError:  # optional: upo[flash]
     flash_attn_varlen_func = None
 
 NAME = "upo_forest"
+PART = 512  # queries: a masked call computes all of its scores, so of a completion as long as its prompt a quarter would be for nothing
 Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # positions [q, 1] and [1, k] -> bool [q, k], for tokens of one text
 
 
@@ -48,7 +49,7 @@ class Block:
     """Queries of a tree, next in order, and what they see."""
 
     queries: int
-    keys: tuple[int, ...]  # indices into the tree's segments (prompt, completions), side by side
+    keys: tuple[int, ...]  # indices into the tree's segments (prompt, completions), side by side; the first of them, if the mask has fewer
     mask: torch.Tensor | None  # [queries, keys] float32, 0 or -inf; None: square and causal
 
 
@@ -82,7 +83,7 @@ class Varlen:
 
 def plan(trees: tuple[Tree, ...], sees: Sees, window: int | None, device: torch.device) -> Plan:
     """The plan for layers in which a token sees what `sees` says of its own text. `window` is the kind of layer's, if it has one."""
-    line = torch.arange(max(tree.prompt + max(tree.completions, default=0) for tree in trees), device=device)
+    line = torch.arange(max(tree.prompt + max(tree.completions, default=0) for tree in trees), dtype=torch.int32, device=device)
     seen, distance = sees(line[:, None], line[None]), line[:, None] - line
     kind = "other"
     if window is not None and bool((seen == (distance >= 0) & (distance < window)).all()):
@@ -90,9 +91,9 @@ def plan(trees: tuple[Tree, ...], sees: Sees, window: int | None, device: torch.
     if bool((seen == (distance >= 0)).all()):
         kind = "causal"
 
-    def blocks(tree: Tree) -> list[Block]:
-        own = slice(0, tree.prompt + max(tree.completions, default=0))
-        causal = kind == "causal" or bool((seen[own, own] == (distance >= 0)[own, own]).all())
+    def blocks(tree: Tree) -> list[Block]:  # without the tables above, which grow with the square of the length
+        own = line[: tree.prompt + max(tree.completions, default=0)]
+        causal = kind == "causal" or bool((sees(own[:, None], own[None]) == (own[:, None] >= own[None])).all())
         return _blocks(tree, sees, causal, device)
 
     return Plan(
@@ -106,6 +107,8 @@ def _blocks(tree: Tree, sees: Sees, causal: bool, device: torch.device) -> list[
 
     def block(rows: slice, segments: tuple[int, ...]) -> Block:
         columns = torch.isin(branches, torch.tensor(segments, device=device))
+        if causal:
+            columns[rows.stop :] = False
         seen = sees(positions[rows, None], positions[None, columns])
         seen &= (branches[None, columns] == 0) | (branches[None, columns] == branches[rows, None])
         mask = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
@@ -123,7 +126,12 @@ def _blocks(tree: Tree, sees: Sees, causal: bool, device: torch.device) -> list[
     if answers**2 - sum(c * c for c in tree.completions) <= answers * prompt / 2:
         return [first, block(slice(prompt, tokens), tuple(range(n + 1)))]
     ends = [*accumulate(tree.completions, initial=prompt)]
-    return [first, *(block(slice(a, b), (0, i + 1)) for i, (a, b) in enumerate(pairwise(ends)))]
+    return [first, *(block(rows, (0, i + 1)) for i, (a, b) in enumerate(pairwise(ends)) for rows in _parts(a, b))]
+
+
+def _parts(start: int, stop: int) -> list[slice]:
+    """The queries of a completion in parts, none of which need the keys of a later one."""
+    return [slice(a, min(a + PART, stop)) for a in range(start, stop, PART)]
 
 
 def _varlen(trees: tuple[Tree, ...], kind: str, window: int | None, device: torch.device) -> Varlen | None:
@@ -194,6 +202,8 @@ def attend(
         for block, part in zip(blocks, q.split([b.queries for b in blocks], 2), strict=True):
             whole = len(block.keys) == len(segments)
             keys, values = (k, v) if whole else (_beside(ks, block.keys), _beside(vs, block.keys))
+            if block.mask is not None:
+                keys, values = (x[:, :, : block.mask.shape[1]] for x in (keys, values))
             if plain:
                 out.append(_fused(part, keys, values, block.mask, scaling))
             else:
@@ -206,7 +216,9 @@ def _beside(parts: tuple[torch.Tensor, ...], chosen: tuple[int, ...]) -> torch.T
 
 
 def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
-    if query.device.type != "cpu":  # elsewhere a mask together with grouped heads means the slow kernel
+    # On GPUs a mask together with grouped heads means the slow kernel. On a CPU the backward pass gives each thread whole key heads, of which
+    # there may be fewer than threads: of long rows (16 bits) 3 key heads for 9 took 16 % longer than 9, of short ones 15 % less.
+    if query.device.type != "cpu" or query.dtype != torch.float32:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     grouped, mask = query.shape[1] != key.shape[1], None if mask is None else mask.to(query.dtype)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)

@@ -96,7 +96,7 @@ def use_plain_logits(backend: str) -> None:
             logits = head(hidden)
             return (mx.take_along_axis(logits, targets[:, None], -1) - mx.logsumexp(logits, -1, keepdims=True))[:, 0]
 
-        upo_mlx.step.token_logps = plain_mlx
+        upo_mlx.step.token_logps = upo_mlx.step.token_logps_only = plain_mlx
 
 
 if __name__ == "__main__":

@@ -63,8 +63,10 @@ def test_family_is_exact(name):
     assert why_not_shared(model) is None
 
 
+@pytest.mark.parametrize("part", [attention.PART, 7])
 @pytest.mark.parametrize("counts", [(1,), (2,), (3, 3), (4, 1, 2), (0, 2), (0, 0)])
-def test_any_number_of_completions(counts):
+def test_any_number_of_completions(counts, part, monkeypatch):
+    monkeypatch.setattr(attention, "PART", part)
     model = tiny("gemma3_text")  # a window of 8 in one layer, none in the other
     for longest in (4, 40):  # completions in one call, and each in one of its own
         trees = forest(counts, longest=longest)
@@ -154,8 +156,9 @@ def test_the_model_is_as_before(tiny_llama):
 # --- How it is computed ---------------------------------------------------------------------------------------------------------------
 
 
-def test_blocks():
-    """Causal calls where they do, one call for short completions, one each for long ones; a window puts a mask on the prompt."""
+def test_blocks(monkeypatch):
+    """Causal calls where they do, one call for short completions, one each for long ones and several for very long ones; a window puts a
+    mask on the prompt."""
     causal = lambda q, k: k <= q  # noqa: E731
 
     def blocks(tree: Tree, window: int | None = None) -> list[tuple[int, tuple[int, ...], bool]]:
@@ -170,6 +173,10 @@ def test_blocks():
     assert blocks(Tree(5, (40, 30))) == [(5, (0,), False), (40, (0, 1), True), (30, (0, 2), True)]
     assert blocks(Tree(5, (4,)), window=9) == [(9, (0, 1), False)], "the text is within the window"
     assert blocks(Tree(5, (4,)), window=3) == [(5, (0,), True), (4, (0, 1), True)]
+    monkeypatch.setattr(attention, "PART", 16)
+    assert blocks(Tree(5, (40, 3))) == [(5, (0,), False), (16, (0, 1), True), (16, (0, 1), True), (8, (0, 1), True), (3, (0, 2), True)]
+    ((_, found),) = attention.plan((Tree(5, (40, 3)),), causal, None, CPU).trees
+    assert [block.mask.shape[1] for block in found[1:]] == [21, 37, 45, 8], "no keys that come after the last query"
 
 
 def segments_apart(q, k, v, ends_q, ends_k, most_q, most_k, scale, left, cap=None):
