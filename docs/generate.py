@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from upo_cli.main import COMMANDS, main
 
 from upo.config import PRESETS, RunConfig
-from upo.config_file import leaves, walk
+from upo.config_file import walk
 from upo.losses import FAMILIES, LOSSES, Auxiliary
 from upo.losses.base import NEEDS
 from upo.losses.options import defaults, ranges
@@ -41,8 +41,8 @@ A run is one YAML file: `upo train run.yaml`. The same file runs on either backe
 
 - Only `model` and `data.train` are required.
 - **Paths are relative to the current directory**, not to the file.
-- `--set KEY=VALUE` changes a key for one run: `--set optimizer.lr=1e-5`, `--set objective.preference.0.beta=0.2` (lists count from 0; the number may
-  be left out where the list has one element), `--set "objective.preference={loss: kto}"`. The value is read as YAML.
+- `--set KEY=VALUE` changes a key for one run: `--set optimizer.lr=1e-5`, `--set objective.preference.beta=0.2` (with its number where the file has a list
+  of several, from 0: `objective.preference.1.beta`), `--set "objective.preference={loss: kto}"`. The value is read as YAML.
 - An unknown key, a key given twice and a value out of its range are errors that name file, line and key. Nothing is ignored.
 - Numbers may be written `1e-5`, which YAML 1.1 reads as text.
 - `objective.preference` takes one loss, its name alone, or a list: `preference: dpo`, `preference: {loss: dpo, beta: 0.2}`,
@@ -238,7 +238,8 @@ def _table(prefix: str, section: type[BaseModel]) -> str:
     lines = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for name, info in section.model_fields.items():
         key = f"{prefix}.{name}" if prefix else name
-        lines.append(f"| `{key}` | {_default(info)} | {_values(info)} | {info.description} |")
+        meaning = str(info.description).replace("|", "\\|")
+        lines.append(f"| `{key}` | {_default(info)} | {_values(info)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -251,19 +252,27 @@ def _default(info: FieldInfo) -> str:
 
 
 def _values(info: FieldInfo) -> str:
-    names = {str: "text", int: "whole number", float: "number", bool: "true, false", type(None): "null"}
-    words: list[str] = []
-    if typing.get_origin(info.annotation) is typing.Literal:
-        return ", ".join(f"`{value}`" for value in typing.get_args(info.annotation))
-    for kind in leaves(info.annotation):
-        if kind is Ellipsis:
-            words[-1] = f"list of {words[-1]}".replace("section", "sections")
-        elif typing.get_origin(kind) is typing.Literal:
-            words += [f"`{value}`" for value in typing.get_args(kind)]
-        else:
-            words.append(names.get(kind, "section"))
-    bounds = [f"{word} {getattr(rule, name):g}" for rule in info.metadata for name, word in BOUNDS if hasattr(rule, name)]
-    return " or ".join(words) + (f", {' and '.join(bounds)}" if bounds else "")
+    return f"{' or '.join(_words(info.annotation))}{_bounds(info.metadata)}"
+
+
+def _words(kind: Any) -> list[str]:
+    """A type in words, one for each alternative."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return [", ".join(f"`{value}`" for value in inner)]
+    if origin is typing.Annotated:
+        return [word + "".join(_bounds(field.metadata) for field in inner[1:]).replace(",", "", 1) for word in _words(inner[0])]
+    if origin is tuple:
+        of = " or ".join(_words(inner[0]))
+        return [f"list of {of}".replace("section", "sections") if inner[-1] is Ellipsis else f"two {of}s"]
+    if inner:
+        return [word for each in inner for word in _words(each)]
+    return [{str: "text", int: "whole number", float: "number", bool: "true, false", type(None): "null"}.get(kind, "section")]
+
+
+def _bounds(rules: Iterable[Any]) -> str:
+    found = [f"{word} {getattr(rule, name):g}" for rule in rules for name, word in BOUNDS if hasattr(rule, name)]
+    return f", {' and '.join(found)}" if found else ""
 
 
 def _presets() -> str:

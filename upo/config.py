@@ -86,7 +86,7 @@ class OptimizerConfig(Section):
     """AdamW (0.9, 0.999) with bias correction, or RMSprop (0.99, eps outside the root): the same on both backends."""
 
     name: Literal["adamw", "rmsprop"] = Field("adamw", description="update rule")
-    lr: float = Field(5e-4, gt=0, description="largest learning rate of the adapter")
+    lr: float = Field(2e-4, gt=0, description="largest learning rate of the adapter; the preset `upo` does well with 5e-4 on small models, at which DPO alone breaks them")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up: constant, or down to 0")
     warmup_steps: int = Field(5, ge=0, description="optimizer steps over which the learning rate rises")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of the adapter")

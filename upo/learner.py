@@ -104,6 +104,16 @@ def partner_logratio(batch: Batch, partner_logp: np.ndarray | None) -> np.ndarra
     return partner_logp - batch.partner_ref_logp
 
 
+def loss_scales(dtype: str) -> tuple[float, ...]:
+    """By what the loss is multiplied before its gradient is taken, and the gradient divided after. A gradient that is not finite is
+    computed again with the next number.
+
+    In float16, whose smallest number is 6e-8, what one token adds to the gradient of a step may be less (beta / rows / rank, times weights).
+    Powers of two change nothing else.
+    """
+    return (1024.0, 32.0, 1.0) if dtype == "float16" else (1.0,)
+
+
 def check_finite(batch: Batch, scores: Mapping[str, np.ndarray], gradient: Sequence[float] = ()) -> None:
     """Raise NonFiniteError naming the step and the rows at fault; all of the step's rows if only the gradient is not finite."""
     bad: set[int] = set()

@@ -66,9 +66,10 @@ def model_shapes(folder: Path) -> Shapes:
             linears[name.removesuffix(".weight")] = (shape[1], shape[0])
 
     def size(*keys: str) -> int:
-        return int(next((text[key] for key in keys if text.get(key)), 0))
+        found = next((text[key] for key in keys if text.get(key)), 0)
+        return int(max(found) if isinstance(found, list) else found)  # one for each layer (Gemma 3n)
 
-    hidden, heads = size("hidden_size", "n_embd"), size("num_attention_heads", "n_head") or 1
+    hidden, heads = size("hidden_size", "n_embd", "d_model"), size("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads") or 1
     head, experts = size("head_dim", "v_head_dim") or hidden // heads, size("num_experts_per_tok", "moe_k")
     width = size("intermediate_size", "n_inner") or 4 * hidden
     return Shapes(
@@ -76,7 +77,7 @@ def model_shapes(folder: Path) -> Shapes:
         stored=stored,
         linears=linears,
         hidden=hidden,
-        layers=size("num_hidden_layers", "n_layer"),
+        layers=size("num_hidden_layers", "n_layer") or len({found.group() for name in linears if (found := _LAYER.search(name))}),
         heads=heads,
         queries=heads * head,
         keys=(size("num_key_value_heads") or heads) * head,
@@ -146,17 +147,19 @@ def choose(config: RunConfig, needs: Callable[[int], Estimate], free: float, dev
     this model cannot recompute. The same on every rank (collective).
     """
     train, share = config.train, SHARE.get(device, SHARE_GPU)
+    limit = math.inf if train.memory_limit_gb is None else train.memory_limit_gb * 1e9
     sizes = (train.micro_batch_tokens,) if train.micro_batch_tokens != "auto" else MANY_TOKENS if device == "cuda" else (FEW_TOKENS,)
     ways = (train.gradient_checkpointing,) if train.gradient_checkpointing != "auto" else (False,) if unable else (False, True)
     options = [(tokens, recompute) for recompute in ways for tokens in sizes]
     total = lambda tokens, recompute: needs(max(tokens, 2 * train.max_length)).total(recompute)  # a pair of the longest texts is not divided  # noqa: E731
-    mine = next((i for i, option in enumerate(options) if total(*option) <= share * free), len(options) - 1)
+    mine = next((i for i, option in enumerate(options) if total(*option) <= share * min(free, limit)), len(options) - 1)
     agreed = mine
     if comm is not None:
         agreed = int(np.flatnonzero(comm.all_sum(np.eye(len(options), dtype=np.float32)[mine]))[-1])
     tokens, recompute = options[agreed]
     figures = [f"about {_gb(total(tokens, recompute))}{f' instead of {_gb(total(tokens, False))}' if recompute else ''}"]
-    figures += [f"{_gb(free)} free, of which {share:.0%} may be taken"] + ["another rank has less"] * (agreed != mine)
+    room = f"{_gb(free)} free" if free <= limit else f"{_gb(limit)} by train.memory_limit_gb"
+    figures += [f"{room}, of which {share:.0%} may be taken"] + ["another rank has less"] * (agreed != mine)
     return Choice(tokens, recompute, _notes(train, tokens if len(sizes) > 1 else None, recompute, unable, figures))
 
 

@@ -16,7 +16,8 @@ from upo.repair import repair_config
 from upo.tensors import read_header
 
 # Configuration, tokenizer and safetensors weights: neither code nor pickles, and no second copy of the weights in another layout.
-DOWNLOAD = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
+WEIGHTS = ["*.safetensors"]
 SKIP = ["consolidated*", "original/*", "metal/*", "onnx/*", "openvino/*"]
 
 # Of a model whose logits are not numbers.
@@ -31,14 +32,15 @@ _VOLATILE = {
 }  # of a config: say nothing about the weights
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a model: `model` if it is one, else the hub's copy of that id, downloaded if need be; checked by `check_folder`.
 
+    Without `weights`, which may be many gigabytes, configuration and tokenizer only are downloaded and checked.
     Raises ModelError if there is no such folder or hub model, the hub cannot be reached or refuses, or the folder is refused.
     """
     folder = Path(model).expanduser()
     if model and folder.is_dir():
-        check_folder(folder)
+        check_folder(folder, weights=weights)
         return folder
     if folder.is_file():
         raise ModelError(f"model: {model} is a file. Give the folder that holds config.json and the .safetensors files.")
@@ -46,17 +48,17 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise ModelError(
             f"model: no such folder: {model!r}. Give an existing folder, or a hub id like HuggingFaceTB/SmolLM2-135M-Instruct."
         )
-    folder = _download(model, revision)
-    check_folder(folder)
+    folder = _download(model, revision, [*TEXTS, *(WEIGHTS if weights else ())])
+    check_folder(folder, weights=weights)
     return folder
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     elsewhere = "or give the folder of a model that is already on this machine"
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOAD, ignore_patterns=SKIP))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=SKIP))
     except errors.GatedRepoError:
         remedy = f"accept its terms at https://huggingface.co/{model} and log in with `hf auth login`"
         raise ModelError(f"model: {model} is gated on the hub: {remedy}, {elsewhere}.") from None
@@ -81,8 +83,8 @@ def _download(model: str, revision: str | None) -> Path:
         raise ModelError(f"model: {model} could not be downloaded ({cause}). Try again, {elsewhere}.") from None
 
 
-def check_folder(folder: Path | str) -> None:
-    """Refuse, with ModelError, a folder that is no model, asks for code of its own, has no safe weights, or points out of itself."""
+def check_folder(folder: Path | str, *, weights: bool = True) -> None:
+    """Refuse, with ModelError, a folder that is no model, asks for code of its own, has no safe weights (if they are wanted), or points out of itself."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     for name in ("config.json", "tokenizer_config.json"):
@@ -99,7 +101,7 @@ def check_folder(folder: Path | str) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not _within(path, inside):
             raise ModelError(f"{path}: is a link that leads out of the model's folder. Put the file itself there.")
-    for path in weight_files(folder):
+    for path in weight_files(folder) if weights else ():
         read_header(path)  # a download that was cut short is told as such, not as a framework's error
 
 
@@ -127,6 +129,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path}: must hold a JSON mapping.")
     return content
+
+
+def quantised_by(config: Mapping[str, Any]) -> str:
+    """The method by which a model's own files are quantised, in the words of its config.json; "" if they are not."""
+    text = config.get("text_config")
+    found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, Mapping) else None)
+    return str(found.get("quant_method", "an unknown method")) if isinstance(found, Mapping) else ""
 
 
 def weight_files(folder: Path | str) -> list[Path]:

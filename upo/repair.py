@@ -167,6 +167,31 @@ def _floats(value: Any) -> Any:
     return [_floats(item) for item in value] if isinstance(value, list) else value
 
 
+def for_torch(config: Mapping[str, Any], tokens: int = 0) -> tuple[dict[str, Any], list[str]]:
+    """A repaired configuration as transformers has to be given it for sequences of up to `tokens`, and notes.
+
+    transformers chooses the factors of `longrope` (Phi-3) and `dynamic` by the longest sequence of a batch, so a text's log-probs would
+    depend on what is computed beside it. Long factors throughout are what mlx-lm computes too. Raises ModelError for `dynamic`.
+    """
+    result = dict(config)
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(scaling, dict):
+        return result, []
+    kind = scaling.get("rope_type", scaling.get("type"))
+    limit = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    if kind not in ("longrope", "su", "dynamic") or limit is None or tokens <= limit:
+        return result, []
+    if kind == "dynamic":
+        raise ModelError(f"its rotary embedding (dynamic) changes with the longest text beside another, beyond {limit} tokens. Set train.max_length: {limit}.")
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(result.get(key), dict) and "long_factor" in result[key]:
+            result[key] = {**result[key], "short_factor": result[key]["long_factor"]}
+    return result, [LONG_ROPE.format(limit=limit)]
+
+
+LONG_ROPE = "config.json: as train.max_length is above {limit}, texts of up to {limit} tokens get the long rotary factors too, not the short ones as in inference."
+
+
 def short_rope(config: dict[str, Any], tokens: int) -> tuple[dict[str, Any], list[str]]:
     """For mlx-lm, which always applies the long factors of `longrope` (Phi-3): a copy that is right for sequences of up to `tokens`.
 
@@ -180,7 +205,5 @@ def short_rope(config: dict[str, Any], tokens: int) -> tuple[dict[str, Any], lis
     if limit is None or "short_factor" not in scaling:
         return config, []
     if tokens > limit:
-        return config, [
-            f"config.json: sequences up to {limit} tokens get the long rotary factors on MLX, not the short ones as in transformers."
-        ]
+        return config, [LONG_ROPE.format(limit=limit)]
     return {**config, "rope_scaling": {**scaling, "long_factor": scaling["short_factor"]}}, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from upo.learner import (
     check_finite,
     check_like,
     fill,
+    loss_scales,
     outcome_of,
     partner_logratio,
     partners_of,
@@ -139,18 +141,22 @@ class MlxLearner:
         partner = partner_logratio(batch, partner_logp)
         parts = parts_of(batch, self.comm, self.info)
         weights, running = self._coefficients(batch, parts, partner_logp) if self.objective.coupled else (None, self.running)
-        whole = blank(batch, self.names)
-        total = {name: mx.zeros_like(p) for name, p in {**self.policy.arrays, **self._head_params()}.items()}
-        for part in parts:
-            found, grads = self._gradient(part, partner, weights)
-            total = {name: total[name] + grads[name] for name in total}
-            mx.eval(total, found)
-            fill(whole, part.places, {name: np.array(x) for name, x in found.items()})
-        total, whole = self._sum_over_ranks(total, whole)
-
-        adapter, norm = clip({name: total[name] for name in self.policy.arrays}, self.config.optimizer.clip)
-        head, head_norm = clip({name: total[HEAD + name] for name in self.head}, self._value_config().clip) if self.head else ({}, mx.array(0.0))
-        norms = float(np.array(norm)), float(np.array(head_norm))
+        for scale in loss_scales(self.info.dtype):
+            whole = blank(batch, self.names)
+            total = {name: mx.zeros_like(p) for name, p in {**self.policy.arrays, **self._head_params()}.items()}
+            for part in parts:
+                found, grads = self._gradient(part, partner, weights, scale)
+                total = {name: total[name] + grads[name] for name in total}
+                mx.eval(total, found)
+                fill(whole, part.places, {name: np.array(x) for name, x in found.items()})
+            total, whole = self._sum_over_ranks(total, whole)
+            if scale != 1.0:
+                total = {name: grad * (1.0 / scale) for name, grad in total.items()}
+            adapter, norm = clip({name: total[name] for name in self.policy.arrays}, self.config.optimizer.clip)
+            head, head_norm = clip({name: total[HEAD + name] for name in self.head}, self._value_config().clip) if self.head else ({}, mx.array(0.0))
+            norms = float(np.array(norm)), float(np.array(head_norm))
+            if math.isfinite(sum(norms)):
+                break
         check_finite(batch, whole, norms)
 
         self.policy = replace(self.policy, arrays=self.optimizer.update(self.policy.arrays, adapter, lr))
@@ -160,8 +166,8 @@ class MlxLearner:
         self.running = running
         return outcome_of(whole, partner_logp, running, norms)
 
-    def _gradient(self, part: Part, partner: np.ndarray | None, weights: Scored | None) -> tuple[Arrays, Arrays]:
-        """The scores of this micro-batch, and the gradient of its share of the step's loss by parameter name.
+    def _gradient(self, part: Part, partner: np.ndarray | None, weights: Scored | None, scale: float) -> tuple[Arrays, Arrays]:
+        """The scores of this micro-batch, and the gradient of its share of the step's loss, times `scale`, by parameter name.
 
         With `weights`, the coefficients of the step's scores that a coupled loss has already been reduced to.
         """
@@ -174,8 +180,10 @@ class MlxLearner:
                 found = self._scores(part.batch, head, token_logps)
             if weights is not None:
                 shares = [mx.sum(mx.array(w[part.places.of(name)]) * found[name]) for name, w in weights.items()]
-                return sum(shares[1:], shares[0]), found
-            return self.objective(ops, with_scored(ops, fixed, found))["loss"], found
+                share = sum(shares[1:], shares[0])
+            else:
+                share = self.objective(ops, with_scored(ops, fixed, found))["loss"]
+            return share if scale == 1.0 else share * scale, found
 
         (_, found), grads = mx.value_and_grad(loss)({**self.policy.arrays, **self._head_params()})
         return found, grads

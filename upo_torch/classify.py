@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ class Classifier:
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self.folder = folder
-        self.device = device.choose_device("auto")
+        self.device = device.choose_device("auto", int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.tokenizer, self.net = _load(folder, getattr(torch, dtype), self.device)
         config = self.net.config
         self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
@@ -35,6 +37,13 @@ class Classifier:
         given = [n for n in (self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)) if n and n < UNLIMITED]
         self.limit = min(given, default=UNLIMITED)
         self.cut = 0
+
+    def close(self) -> None:
+        """Give the memory back: what is trained next asks the device how much is free."""
+        self.net = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:
         """[N, labels] float32 logits of texts, or of two texts each. What is too long loses its end."""

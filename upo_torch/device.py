@@ -147,10 +147,10 @@ def _cores() -> int:
 
 def free_memory(device: torch.device, local_size: int = 1) -> int:
     """Bytes that this process can still take on its device: of a GPU's own, of what Metal recommends, of the ranks' share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch keeps for reuse is free for this process
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return memory.available() // local_size
 
 

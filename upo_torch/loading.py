@@ -29,7 +29,7 @@ def load_learner(config: RunConfig) -> TorchLearner:
     comm.start(where)
     folder = models.resolve(config.model, config.revision)
     free = device.free_memory(where, comm.local_size)
-    net, repaired = load_base(folder, dtype, where, config.quantize)
+    net, repaired = load_base(folder, dtype, where, config.quantize, config.train.max_length)
     parameters = parameter_count(net)
     model = Model(net, where)
     model.check()

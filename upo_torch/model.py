@@ -19,7 +19,8 @@ from upo.adapters import Adapter, lora_name
 from upo.data.forest import Layout
 from upo.data.packed import Packed
 from upo.errors import ConfigError, ModelError, UpoError
-from upo.models import NOT_FINITE, is_quantized_mlx, model_config
+from upo.models import NOT_FINITE, is_quantized_mlx, model_config, quantised_by
+from upo.repair import for_torch
 from upo.targets import some
 from upo_torch.attention import Attention
 from upo_torch.device import check_quantize
@@ -208,8 +209,9 @@ def _split(net: Any) -> tuple[nn.Module, Head]:
     return decoder, Head(linear, linear.out_features, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> tuple[Any, list[str]]:
-    """The frozen network of a folder that `upo.models.resolve` has checked, with its rope configuration repaired; and notes.
+def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str = "none", tokens: int = 0) -> tuple[Any, list[str]]:
+    """The frozen network of a folder that `upo.models.resolve` has checked, with its rope configuration repaired for sequences of up to
+    `tokens`; and notes.
 
     Raises ModelError, or BackendError for a quantisation that this device does not have.
     """
@@ -219,6 +221,13 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, quantize: 
     if is_quantized_mlx(raw):
         raise ModelError(f"{folder}: an MLX {raw['quantization'].get('bits')}-bit model. Use --backend mlx, or the original model with quantize: nf4 on CUDA.")
     kind = known_kind(folder, raw)
+    if method := quantised_by(raw):  # most of their kernels have no backward pass, or a wrong one, and none says so
+        raise ModelError(f"{folder}: is quantised ({method}), and upo does not train on that. Use the original model, on CUDA with quantize: nf4 if you like.")
+    try:
+        raw, told = for_torch(raw, tokens)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    notes += told
     options: dict[str, Any] = {}
     check_quantize(quantize, device)
     if quantize == "nf4":

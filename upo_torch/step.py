@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -26,6 +27,7 @@ from upo.learner import (
     check_finite,
     check_like,
     fill,
+    loss_scales,
     outcome_of,
     partner_logratio,
     partners_of,
@@ -160,15 +162,20 @@ class TorchLearner:
         parts = parts_of(batch, self.comm, self.info)
         weights, running = self._coefficients(batch, parts, partner_logp) if self.objective.coupled else (None, self.running)
         optimizers = [self.optimizer] + ([self.head_optimizer] if self.head_optimizer else [])
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        whole = blank(batch, self.names)
-        for part in parts:
-            fill(whole, part.places, self._backward(part, partner, weights))
-        whole = self._sum_over_ranks(whole)
-
-        norm = self.optimizer.clip(self.config.optimizer.clip)
-        head_norm = self.head_optimizer.clip(self._value_config().clip) if self.head_optimizer else 0.0
+        for scale in loss_scales(self.info.dtype):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            whole = blank(batch, self.names)
+            for part in parts:
+                fill(whole, part.places, self._backward(part, partner, weights, scale))
+            whole = self._sum_over_ranks(whole)
+            if scale != 1.0:
+                for optimizer in optimizers:
+                    optimizer.grads.mul_(1.0 / scale)
+            norm = self.optimizer.clip(self.config.optimizer.clip)
+            head_norm = self.head_optimizer.clip(self._value_config().clip) if self.head_optimizer else 0.0
+            if math.isfinite(norm + head_norm):
+                break
         check_finite(batch, whole, [norm, head_norm])
 
         self.optimizer.step(lr)
@@ -177,8 +184,8 @@ class TorchLearner:
         self.running = running
         return outcome_of(whole, partner_logp, running, (norm, head_norm))
 
-    def _backward(self, part: Part, partner: np.ndarray | None, weights: Scored | None) -> Scored:
-        """Add the gradient of this micro-batch's share of the step's loss; returns its scores.
+    def _backward(self, part: Part, partner: np.ndarray | None, weights: Scored | None, scale: float) -> Scored:
+        """Add the gradient of this micro-batch's share of the step's loss, times `scale`; returns its scores.
 
         With `weights`, the coefficients of the step's scores that a coupled loss has already been reduced to.
         """
@@ -189,7 +196,7 @@ class TorchLearner:
             else:
                 share = self.objective(ops, with_scored(ops, self._fixed_scores(part.batch, partner), found))["loss"]
             if isinstance(share, torch.Tensor):  # a plain 0.0 if every term is switched off
-                share.backward()
+                (share if scale == 1.0 else share * scale).backward()
         return {name: to_numpy(x) for name, x in found.items()}
 
     def _coefficients(self, batch: Batch, parts: Sequence[Part], partner_logp: np.ndarray | None) -> tuple[Scored, dict[str, float]]:

@@ -74,7 +74,9 @@ def write_adapter(folder: Path, model: Path, work: Work) -> None:
 
 
 def real_rows(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first rows of a file."""
+    """The first rows of a file. Raises DataError if it is not there."""
+    if not path.is_file():
+        raise DataError(f"--data {path}: no such file. Give JSON lines with prompt, chosen and rejected; benchmarks/README.md says how to make them.")
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for _, line in zip(range(count), file, strict=False)]
 

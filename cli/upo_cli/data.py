@@ -70,7 +70,7 @@ def check(
         from upo.data.tokenizer import load_tokenizer
         from upo.models import resolve
 
-        tokenizer = load_tokenizer(resolve(model, revision))
+        tokenizer = load_tokenizer(resolve(model, revision, weights=False))
     report = check_file(file, tokenizer, max_length, overflow=overflow, layout=layout, eval_path=eval_file)
     if as_json:
         echo_json(report.to_json())

@@ -42,7 +42,7 @@ def doctor(online: bool, as_json: bool) -> None:
         _echo_section(title, report[title])
     for name, backend in report["backends"].items():
         _echo_section(f"backend {name}" + (" (default)" if name == report["default_backend"] else ""), backend)
-    click.echo("To mend:" if report["missing"] else "Nothing is missing.")
+    click.echo(f"To mend (pip is {sys.executable} -m pip):" if report["missing"] else "Nothing is missing.")
     for text in report["missing"]:
         click.echo(f"  - {text}")
 
@@ -123,7 +123,7 @@ def _backend(name: str, missing: list[str]) -> dict[str, Any]:
         return {"status": "not installed", "to install": f'pip install "upo[{name}]"'}
     report, error = _ask(name)
     if error:
-        missing.append(f'{name} is installed but does not work: pip install --force-reinstall "upo[{name}]"')
+        missing.append(f'{name} is installed but does not work: pip install --force-reinstall {name}')
         return {"status": "does not work", "error": error}
     missing += [f"{name}: {text}" for text in report.pop("missing", [])]
     return report

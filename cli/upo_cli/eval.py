@@ -34,6 +34,7 @@ STYLE = (("words", "words per answer", ".1f"), ("repetition", "repeated word tri
 @click.option("--adapter", type=click.Path(path_type=Path), help="Folder of an adapter, instead of RUN.")
 @click.option("--data", "rows_file", metavar="FILE", help="Rows to score, instead of the run's held-out ones.")
 @click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE", help="Prompts to answer, instead of those of the held-out rows.")
+@click.option("--plain", is_flag=True, help="Give the --prompts as they are, without the chat template: for runs on plain strings.")
 @click.option("--goal", "goals", multiple=True, metavar="SCORER[:OPTION=VALUE,...]", help="A scorer of the answers; may be repeated.  [default: the run's goals]")
 @click.option("--judge", metavar="JUDGE", help="Win rate by endpoint:url=URL,model=NAME,... (a model compares), SCORER[:OPTION=VALUE,...] (the higher score wins) or python:FILE.py:NAME (a function of prompt and two answers).")
 @click.option("--judge-timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for a verdict of a python judge.  [default: 60]")
@@ -57,6 +58,7 @@ def evaluate(
     adapter: Path | None,
     rows_file: str | None,
     prompts_file: Path | None,
+    plain: bool,
     goals: tuple[str, ...],
     judge: str | None,
     judge_timeout: float | None,
@@ -96,6 +98,12 @@ def evaluate(
     from upo.models import resolve
 
     out = _out(run, adapter, model, out, force)
+    if run is None and checkpoint != "latest":
+        raise click.UsageError("--checkpoint chooses one of a run's. For an adapter give --adapter RUN/checkpoints/step-N alone.")
+    if plain and prompts_file is None:
+        raise click.UsageError("--plain goes with --prompts; held-out rows are asked as they were written.")
+    if judge and limit == 0:
+        raise click.UsageError("--judge compares answers, and --limit 0 asks for none. Leave one of them out.")
     with reporting(quiet) as reporter:
         target = _target(run, checkpoint, model, adapter, backend, rows_file, reporter)
         scorers, verdicts = _goals(goals, target, allow_code, reporter), _judge(judge, judge_timeout, allow_code, reporter)
@@ -103,7 +111,7 @@ def evaluate(
         tokenizer = load_tokenizer(resolve(target.config.model, target.config.revision))
         rows = _rows(target, rows_file, prompts_file, tokenizer, reporter)
         control = Control.of(target.config.data.control, tokenizer)
-        asked = (_questions(prompts_file, tokenizer, control) if prompts_file else questions_of(rows, limit, control))[:limit]
+        asked = (_questions(prompts_file, tokenizer, control, plain) if prompts_file else questions_of(rows, limit, control))[:limit]
         if not rows and not asked:
             raise click.UsageError("Nothing to evaluate on: the run has no held-out rows. Give --data FILE (pairs) or --prompts FILE.")
         name = choose(target.config.backend)
@@ -213,14 +221,15 @@ def _rows(target: Target, rows_file: str | None, prompts_file: Path | None, toke
     return list(data.eval if rows_file is None else data.train)
 
 
-def _questions(file: Path, tokenizer: Any, control: Control | None) -> list[Question]:
+def _questions(file: Path, tokenizer: Any, control: Control | None, plain: bool) -> list[Question]:
     from upo.data.text import readable
     from upo.evaluation.goals import Question
     from upo_cli.prompts import conversations, plain_text
 
     questions = []
     for messages in conversations((), file):
-        tokens = tokenizer.prompt_ids(messages if tokenizer.has_template else plain_text(messages, f"--prompts {file}"))
+        templated = tokenizer.has_template and not plain
+        tokens = tokenizer.prompt_ids(messages if templated else plain_text(messages, f"--prompts {file}"))
         questions.append(Question(control.after(tokens) if control else tokens, readable([dict(turn) for turn in messages])))
     return questions
 

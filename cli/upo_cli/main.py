@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("upo_cli.convert:convert", "Turn an adapter from one format into another: PEFT, mlx-lm, upo."),
     "merge": ("upo_cli.merge:merge", "Merge an adapter into its base model, for any tool that loads models."),
     "card": ("upo_cli.card:card", "Write a README for the model hub about a run."),
-    "push": ("upo_cli.push:push", "Upload the result of a run to the model hub; a dry run first."),
+    "push": ("upo_cli.push:push", "Upload the result of a run to the model hub; a dry run unless --yes is given."),
     "data": ("upo_cli.data:data", "Look at preference data before training on it."),
     "score": ("upo_cli.score:score", "Write reward scores into a data file."),
     "scorers": ("upo_cli.scorers:scorers", "List the scorers, or explain one: what it measures, options, licence."),

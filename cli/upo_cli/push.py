@@ -23,7 +23,7 @@ def push(run: Path, repo: str, yes: bool, public: bool, base: str | None, licens
     """Upload the adapter of RUN with its card and configuration to the model hub. A dry run unless --yes is given.
 
     The card is README.md in RUN, or made as `upo card` makes it. Data, answers and checkpoints stay here, and paths of this machine are
-    taken out of the configuration. You are whom `hf auth login` or HF_TOKEN says.
+    taken out of the configuration. It uploads as the account of `hf auth login` or HF_TOKEN.
 
     \b
     Examples:

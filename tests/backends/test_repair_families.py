@@ -18,7 +18,7 @@ from tiny_families import DENSE, HALF, IDS, LOST, MIXTURES, ROPE, Family, reopen
 from upo.convert.families import SAME
 from upo.errors import ModelError
 from upo.models import model_config
-from upo.repair import CLOSED_TO_MLX, WRONG_ON_MLX, for_mlx
+from upo.repair import CLOSED_TO_MLX, WRONG_ON_MLX, for_mlx, for_torch
 from upo_mlx.device import mx
 from upo_mlx.model import load_base
 
@@ -169,6 +169,40 @@ def test_longrope_has_the_short_factors_below_its_limit(tmp_path: Path) -> None:
     assert not any("long rotary factors" in note for note in notes)
     net, notes = load_base(tmp_path, mx.float32, 65)
     assert np.abs(logits(net) - want).max() > 0.1 and any("long rotary factors" in note for note in notes)
+
+
+def test_on_torch_the_factors_do_not_depend_on_what_stands_beside(tmp_path: Path) -> None:
+    """transformers takes those of the longest text of a batch. Beyond the limit both backends have the long ones, for every text."""
+    import torch
+
+    from upo_torch.model import load_base as load_on_torch
+
+    long = {"rope_type": "longrope", "rope_theta": 5e5, "short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [9.0, 8.0, 7.0, 6.0]}
+    want = write("phi3", FAMILIES["phi3"], tmp_path, rope_parameters=long, original_max_position_embeddings=64, max_position_embeddings=512)
+    ids = torch.tensor(np.array(IDS))
+    beside = torch.cat([ids, ids[:, :1].expand(-1, 70 - ids.shape[1])], 1)  # tokens that come after do not reach back, but make it long
+
+    def of(tokens: int, given: torch.Tensor) -> tuple[np.ndarray, list[str]]:
+        net, notes = load_on_torch(tmp_path, torch.float32, torch.device("cpu"), tokens=tokens)
+        with torch.no_grad():
+            return net(given).logits[:, : ids.shape[1]].numpy(), [note for note in notes if "long rotary factors" in note]
+
+    short, none = of(64, ids)
+    np.testing.assert_allclose(short, want, atol=3e-5, rtol=0)
+    assert not none and np.abs(of(64, beside)[0] - want).max() > 0.1, "the fault of which this is the remedy"
+    alone, told = of(65, ids)
+    np.testing.assert_allclose(alone, of(65, beside)[0], atol=3e-5, rtol=0)
+    net, notes = load_base(tmp_path, mx.float32, 65)
+    np.testing.assert_allclose(alone, logits(net), atol=3e-5, rtol=0)
+    assert told == [note for note in notes if "long rotary factors" in note] and "above 64" in told[0]
+
+
+def test_factors_that_grow_with_the_batch_are_refused_on_torch() -> None:
+    config = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64}
+    assert for_torch(config, 64) == (config, [])
+    with pytest.raises(ModelError, match=r"beyond 64 tokens\. Set train\.max_length: 64\."):
+        for_torch(config, 65)
+    assert for_torch({"rope_parameters": {"rope_type": "llama3"}, "max_position_embeddings": 64}, 65)[1] == []
 
 
 def test_the_documentation_has_every_family() -> None:

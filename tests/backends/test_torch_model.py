@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -268,6 +269,15 @@ def test_refused_models(tiny_llama, make_tiny_llama, tmp_path):
         expand_targets(Model(load_base(family_folder("gpt2", tmp_path / "gpt2"), torch.float32, CPU)[0], CPU).dims(), "all-linear")
     with pytest.raises(BackendError, match=r"quantize: nf4 needs CUDA, and this is cpu\. Use quantize: none"):
         load(tiny_llama, quantize="nf4")
+
+
+def test_a_folder_that_is_quantised_already_is_refused(tiny_llama, tmp_path):
+    """bitsandbytes on a CPU, for one, returns a wrong gradient and no error; the kernels of others have no backward pass."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    with pytest.raises(ModelError, match=r"packed: is quantised \(bitsandbytes\), and upo does not train on that\. Use the original model"):
+        load(folder)
 
 
 def test_a_head_that_is_not_the_networks_is_refused(tiny_llama):

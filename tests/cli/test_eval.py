@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from judge_server import Server, says
+from upo_cli import eval as eval_command
 from upo_cli.main import main
 
+from upo.data.tokenizer import load_tokenizer
 from upo.report.facts import signed
 
 PAIRS = [{"prompt": f"What is {i} and {i}?", "chosen": f"The answer is {2 * i}.", "rejected": f"I do not know {i}."} for i in range(1, 13)]
@@ -85,6 +87,17 @@ def test_prompts_and_goals_of_ones_own(here, backend):
     assert upo("eval", "run", "--out", "g.json", *FEW).exit_code == 1
 
 
+def test_prompts_with_and_without_the_template(tmp_path, tiny_llama):
+    file = tmp_path / "questions.txt"
+    file.write_text("What is rain?\n")
+    tokenizer = load_tokenizer(tiny_llama)
+    bare, templated = tokenizer.prompt_ids("What is rain?"), tokenizer.prompt_ids([{"role": "user", "content": "What is rain?"}])
+    for plain, expected in ((True, bare), (False, templated)):
+        [question] = eval_command._questions(file, tokenizer, None, plain)
+        assert question.tokens.tolist() == expected.tolist()
+    assert bare.tolist() != templated.tolist()
+
+
 def test_an_adapter_on_its_model(here, backend, tiny_llama, monkeypatch):
     """And judged by a model that takes the longer answer: in text, the counts are those of the samples."""
     monkeypatch.setenv("UPO_CACHE", str(here / "cache"))
@@ -120,6 +133,9 @@ def test_an_adapter_on_its_model(here, backend, tiny_llama, monkeypatch):
         (["--model", "m", "--judge", "endpoint:url=https://a.b/v1"], 1, "--judge endpoint:url=https://a.b/v1: endpoint: model must be given."),
         (["--model", "m", "--judge", "{scorer: endpoint, url: 'http://a.b', model: m}"], 1, "endpoint: url 'http://a.b' must begin with https://"),
         (["--model", "m", "--judge", "length", "--judge-timeout", "5"], 2, "--judge-timeout is for --judge python:FILE.py:NAME only; an endpoint has an option, timeout=SECONDS."),
+        (["--adapter", "a", "--checkpoint", "best"], 2, "--checkpoint chooses one of a run's. For an adapter give --adapter RUN/checkpoints/step-N alone."),
+        (["--model", "m", "--plain"], 2, "--plain goes with --prompts; held-out rows are asked as they were written."),
+        (["--model", "m", "--judge", "length", "--limit", "0"], 2, "--judge compares answers, and --limit 0 asks for none."),
         (["--model", "m", "--judge", "python:j.py:f"], 1, "--judge python:j.py:f: runs code of yours. If you trust it, add --allow-code"),
     ],
 )

@@ -61,7 +61,7 @@ def test_going_on(config, backend):
 def test_refusals(config):
     assert upo(config, "--backend", "torch").exit_code == 0
     longer = (*RUN, "--set", "train.steps=4")
-    assert "optimizer.lr: 0.0005 in the run, 0.1 now" in refused(*longer, "--set", "optimizer.lr=0.1")
+    assert "optimizer.lr: 0.0002 in the run, 0.1 now" in refused(*longer, "--set", "optimizer.lr=0.1")
     assert upo(*longer, "--set", "optimizer.lr=0.1", "--reschedule", "--dry-run").exit_code == 0
     usage = upo(config, "--reschedule")
     assert usage.exit_code == 2 and "--reschedule changes a run that is resumed: add --resume." in usage.stderr

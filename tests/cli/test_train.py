@@ -106,6 +106,13 @@ def test_without_evaluation_there_is_no_table_of_it(loop, monkeypatch):
     assert result.exit_code == 0 and "before" not in result.stdout and "runs/my/adapter" in result.stdout
 
 
+def test_the_best_checkpoint_is_named(loop, monkeypatch):
+    """It is not what `adapter/` holds."""
+    monkeypatch.setitem(SUMMARY, "best", {"checkpoint": "elsewhere/checkpoints/step-000003", "step": 3, "loss": 0.4})
+    lines = upo("my.yaml").stdout.splitlines()
+    assert lines[lines.index("adapter          runs/my/adapter") + 1] == "best checkpoint  runs/my/checkpoints/step-000003"
+
+
 def test_options_reach_the_loop(loop):
     result = upo("my.yaml", "--backend", "mlx", "--out", "here", "--set", "train.seed=3", "--set", "optimizer.lr=2e-5", "--allow-code", "--quiet")
     assert result.exit_code == 0 and result.stdout == "" and result.stderr == "Warning: 3 rows dropped: too long.\n"

@@ -40,7 +40,7 @@ def refused(source, *overrides: str) -> str:
 def test_defaults():
     config = load_config(MINIMAL)
     assert (config.backend, config.reference, config.adapter.rank, config.adapter.alpha) == ("auto", "base", 16, 32.0)
-    assert (config.optimizer.name, config.optimizer.lr, config.train.batch_size, config.train.max_length) == ("adamw", 5e-4, 8, 1024)
+    assert (config.optimizer.name, config.optimizer.lr, config.train.batch_size, config.train.max_length) == ("adamw", 2e-4, 8, 1024)
     assert config.objective.build().preference == (Term(DPO(beta=0.1)),)
     assert config.objective.build().auxiliary is None
 

@@ -162,11 +162,14 @@ def test_everything_that_happens_is_reported(load, tmp_path):
     assert dict(report.notes) == {"identical": [f"{file}:3"], "too_long": [f"{file}:2", f"{file}:4"]}
 
 
-def test_plain_strings_on_an_instruct_model_are_mentioned(load, tmp_path):
+def test_plain_strings_on_an_instruct_model_are_warned_about(load, tmp_path):
     loaded, told = load([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     assert loaded.train[0].prompt.tolist() == [67]
-    assert told.infos[1:] == [f"1 row of plain strings, scored as they are: no chat template ({tmp_path}/train.jsonl:1)."]
-    assert told.warnings == []
+    assert told.warnings == [
+        f"1 row of plain strings, which are trained on as they are, without the model's chat template ({tmp_path}/train.jsonl:1). "
+        "Remedy: write prompts and completions as lists of messages; or, if that is meant, ask the model with --plain."
+    ]
+    assert len(told.infos) == 1
 
 
 def test_places_are_short():

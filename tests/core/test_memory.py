@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from threading import Thread
 
@@ -17,6 +19,17 @@ def test_shapes_of_a_folder(tiny_llama):
     found = model_shapes(tiny_llama)
     assert replace(found, parameters=0, stored=0, linears={}) == replace(LLAMA, parameters=0, stored=0)
     assert not found.packed and replace(found, stored=found.parameters // 2).packed
+
+
+def test_sizes_under_other_names(tiny_llama, tmp_path):
+    """A width for each layer (Gemma 3n), and layers that the configuration calls otherwise (GPT-Neo): counted in the files."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    assert model_shapes(folder).layers == config.pop("num_hidden_layers") == 2
+    for old, new in (("num_attention_heads", "num_heads"), ("hidden_size", "d_model")):
+        config[new] = config.pop(old)
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": [128, 160]}))
+    assert model_shapes(folder) == replace(model_shapes(tiny_llama), inner=160)
 
 
 def test_activations_by_hand():
@@ -71,6 +84,14 @@ def test_the_choice_on_cuda():
     unable = choose(auto(), needs, 1e9, "cuda", unable="BloomForCausalLM does not support it")
     off = "train.micro_batch_tokens: 2048, train.gradient_checkpointing: off"
     assert unable == Choice(2048, False, (f"{off} (BloomForCausalLM does not support it; about 5.2 GB; 1.0 GB free, of which 80% may be taken).",))
+
+
+def test_a_limit_counts_as_what_is_free():
+    """5.2 GB are more than half of a limit of 10.3 GB, whatever the device has."""
+    on = "train.gradient_checkpointing: on (about 1.6 GB instead of 5.2 GB; 10.3 GB by train.memory_limit_gb, of which 50% may be taken)."
+    assert choose(auto(memory_limit_gb=10.3), needs, 99e9, "cpu") == Choice(2048, True, (on,))
+    assert choose(auto(memory_limit_gb=10.3), needs, 10.1e9, "cpu").notes[0].count("10.1 GB free") == 1
+    assert not choose(auto(memory_limit_gb=10.5), needs, 99e9, "cpu").recompute
 
 
 def test_what_is_given_is_taken():

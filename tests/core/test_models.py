@@ -55,6 +55,9 @@ def test_hub_download_takes_no_code_and_no_pickles(folder: Path, monkeypatch: py
     )
     assert models.resolve("owner/name", revision="abc") == folder
     assert asked["name"] == "owner/name" and asked["revision"] == "abc"
+    kept = lambda: list(  # noqa: E731
+        huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
+    )
     files = [
         "config.json",
         "model-00001-of-2.safetensors",
@@ -66,12 +69,28 @@ def test_hub_download_takes_no_code_and_no_pickles(folder: Path, monkeypatch: py
         "chat_template.jinja",
         "merges.txt",
     ]
-    kept = list(
-        huggingface_hub.utils.filter_repo_objects(
-            files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
-        )
-    )
-    assert kept == ["config.json", "model-00001-of-2.safetensors", "chat_template.jinja", "merges.txt"]
+    assert kept() == ["config.json", "model-00001-of-2.safetensors", "chat_template.jinja", "merges.txt"]
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"no \.safetensors weights"):
+        models.resolve("owner/name")
+    assert models.resolve("owner/name", weights=False) == models.resolve(str(folder), weights=False) == folder
+    assert kept() == ["config.json", "chat_template.jinja", "merges.txt"]
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({}, ""),
+        ({"quantization_config": None}, ""),
+        ({"quantization": {"bits": 4}}, ""),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}, "mxfp4"),
+        ({"quantization_config": {"bits": 4}}, "an unknown method"),
+    ],
+)
+def test_what_quantised_a_model(config: dict[str, Any], method: str) -> None:
+    assert models.quantised_by(config) == method
 
 
 @pytest.mark.parametrize(

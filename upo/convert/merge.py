@@ -19,7 +19,7 @@ from upo.convert.files import CONFIG, read_files
 from upo.convert.merge_source import Source
 from upo.convert.run import FORMATS, find, kind_of
 from upo.errors import ModelError, RunError, UpoError
-from upo.models import model_config, read_json, resolve, weights_hash
+from upo.models import model_config, quantised_by, read_json, resolve, weights_hash
 from upo.repair import CLOSED_TO_MLX, WRONG_ON_MLX
 from upo.training.files import check_writable, writing
 
@@ -151,10 +151,10 @@ def _check_base(model: Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind in TRANSPOSED:
         raise ModelError(f"model_type {kind}: stores its weights as (in, out), which merging does not support. Merge with peft: model.merge_and_unload().")
-    text = config.get("text_config")
-    foreign = config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
-    if (foreign and not isinstance(config.get("quantization"), dict)) or (model / "hf_quant_config.json").exists():
-        method = foreign.get("quant_method", "an unknown method") if isinstance(foreign, dict) else "ModelOpt"
+    method = "" if isinstance(config.get("quantization"), dict) else quantised_by(config)
+    if not method and (model / "hf_quant_config.json").exists():
+        method = "ModelOpt"
+    if method:
         raise ModelError(
             f"{model}: is quantised with {method}, which cannot be added to. Merge into the original model in bfloat16 or float16: --base MODEL. "
             "Quantise the result anew if you need to."

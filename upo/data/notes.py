@@ -33,7 +33,10 @@ NOTES: dict[str, Note] = {
     "identical": Note("whose chosen and rejected completions are the same: no preference to learn", "check how the pairs were made"),
     "special": Note("whose text spells out special tokens of the tokenizer, which then count as such", "remove them from the data"),
     "unlabelled": Note("without a label field: each completion counts as desirable", harmless=True),
-    "plain": Note("of plain strings, scored as they are: no chat template", harmless=True),
+    "plain": Note(
+        "of plain strings, which are trained on as they are, without the model's chat template",
+        "write prompts and completions as lists of messages; or, if that is meant, ask the model with --plain",
+    ),
 }
 
 

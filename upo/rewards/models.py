@@ -51,7 +51,10 @@ class ModelScorer(TextScorer):
         backend: Any = get_backend("torch")
         classifier = backend.classifier(self.folder, self.dtype)
         reporter.info(f"Scorer {self.title}: {self.model} on {classifier.device}, {self.dtype}.")
-        yield Ready(self.judge(classifier))
+        try:
+            yield Ready(self.judge(classifier))
+        finally:
+            classifier.close()
         if classifier.cut:
             reporter.warn(
                 f"Scorer {self.title}: {classifier.cut:,} of {count:,} answers have more than the {classifier.limit:,} tokens that {self.model} reads; "
