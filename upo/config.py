@@ -207,7 +207,7 @@ class RunConfig(Section):
     revision: str | None = Field(None, description="revision of a hub model")
     backend: Literal["auto", "mlx", "torch"] = Field("auto", description="`auto`: mlx on Apple silicon, torch elsewhere, or whichever is installed")
     device: str = Field("auto", description="auto, cpu, gpu, cuda, cuda:1 or mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the frozen base; `auto`: bfloat16 on GPUs, float32 on CPUs")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the frozen base; `auto`: bfloat16 on GPUs, float32 on CPUs. In float16 the gradient is scaled by 1024, less where it overflows")
     quantize: Literal["none", "nf4"] = Field("none", description="`nf4`: 4-bit base by bitsandbytes (CUDA). MLX 4-bit folders need no option")
     data: DataConfig = Field(description="where the rows come from")
     adapter: AdapterConfig = Field(AdapterConfig(), description="what is trained")
