@@ -150,6 +150,27 @@ def test_scores_are_remembered_for_these_weights(tmp_path: Path, monkeypatch: py
     assert build_scorer("classifier", model=str(folder), label="good").score(answers("a")) == [pytest.approx(0.75)]
 
 
+def test_it_is_on_its_ranks_device_and_gone_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several ranks each asks for its own GPU; what is trained next finds the memory free, also after an error."""
+    import upo_torch
+    import upo_torch.classify
+
+    asked: list[tuple[Any, ...]] = []
+    made: list[Any] = []
+    load = upo_torch.classifier
+    monkeypatch.setattr(upo_torch.classify.device, "choose_device", lambda *given: (asked.append(given), torch.device("cpu"))[1])
+    monkeypatch.setattr(upo_torch, "classifier", lambda *arguments: (made.append(load(*arguments)), made[-1])[1])
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    scorer = build_scorer("classifier", model=str(write_bert(tmp_path / "m", ["bad", "good"], [0.0, 0.0])), label="good")
+    assert scorer.score(answers("a")) == [0.5]
+    assert asked == [("auto", 2, 4)] and made[0].net is None
+    with pytest.raises(ZeroDivisionError), scorer.ready(1, Listener()):
+        assert made[1].net is not None
+        raise ZeroDivisionError
+    assert made[1].net is None
+
+
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with one output, whose padding token is its end of turn, as in many real ones."""
