@@ -12,7 +12,7 @@ from harness import lineup
 from harness.arithmetic import step_flops
 from harness.peers import header, pythons
 from harness.plot import Curve, Panel, picture
-from harness.runs import Contender, Failed, Run, measure, same_tokens
+from harness.runs import Contender, Ended, Run, measure, same_tokens
 from harness.tables import table
 from harness.work import Work, made_groups, made_pairs, prepare
 
@@ -101,7 +101,7 @@ def measured(sweep: Sweep, folder: Path, with_peers: Any) -> Iterable[str]:
                 continue
             try:
                 sweep.found[contender.name][size] = measure(contender, work, folder / Path(work.rows).parent.name / contender.folder, with_peers)
-            except Failed as error:
+            except Ended as error:
                 failed.add(contender.name)
                 yield f"{contender.name} stops at {size}: {error}"
         same_tokens([by[size] for by in sweep.found.values() if size in by])

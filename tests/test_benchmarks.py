@@ -24,7 +24,7 @@ import preference_step
 import same_work
 from harness import arithmetic, lineup, work
 from harness.plot import Curve, Panel, picture
-from harness.runs import Contender, Failed, Pythons, Run, interleaved, measure, same_tokens
+from harness.runs import Contender, Ended, Failed, Pythons, Run, interleaved, measure, same_tokens
 from harness.tables import ratios, spread, table
 
 
@@ -106,6 +106,11 @@ def test_rows_that_would_be_dropped_or_shortened_are_refused(tmp_path, tiny_llam
         work.prepare(tmp_path, [{**rows_of(1)[0], "prompt": turns}], tiny_llama, batch_size=1, max_length=64)
 
 
+def test_rows_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"--data .*none\.jsonl: no such file\. Give JSON lines with prompt, chosen and rejected"):
+        work.real_rows(tmp_path / "none.jsonl", 3)
+
+
 def test_made_rows_have_the_lengths_asked_for(smollm2, tmp_path):
     made = work.prepare(tmp_path / "pairs", lengths.pairs_of(256), smollm2, batch_size=1, max_length=256)
     found = [json.loads(line) for line in Path(made.tokens).read_text().splitlines()]
@@ -138,7 +143,7 @@ def test_runs_alternate_are_kept_and_are_not_taken_for_others(tmp_path, monkeypa
     assert interleaved([a, b], made, tmp_path / "out", pythons, 2) == found and said.read_text() == "abab"
     with pytest.raises(Failed, match="holds a run with other batch_size"):
         interleaved([a], replace(made, batch_size=2), tmp_path / "out", pythons, 1)
-    with pytest.raises(Failed, match="out of memory"):
+    with pytest.raises(Ended, match="out of memory"):
         measure(Contender("c", "upo", {"say": "c", "fail": True}), made, tmp_path / "c", pythons)
 
 
@@ -179,7 +184,7 @@ def test_a_sweep_goes_on_without_who_failed_and_shows_arithmetic_from_our_first_
 
     def found(contender, made, folder, with_peers):
         if contender.name == "other" and made.batch_size == 2:
-            raise Failed("out of memory")
+            raise Ended("out of memory")
         return run(contender.name, (9.0, seconds[made.batch_size] - 0.5), reference=1.0)
 
     monkeypatch.setattr(lengths, "measure", found)

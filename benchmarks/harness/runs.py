@@ -78,7 +78,11 @@ class Pythons:
 
 
 class Failed(Exception):
-    """A contender's process failed; says where its output is."""
+    """A measurement cannot be made; says why."""
+
+
+class Ended(Failed):
+    """A contender's process ended with an error; says where its output is."""
 
 
 def measure(contender: Contender, work: Work, folder: Path, pythons: Pythons, caches: Path | None = None) -> Run:
@@ -118,7 +122,7 @@ def _spawn(contender: Contender, asked: dict[str, Any], folder: Path, pythons: P
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0 or not raw.exists():
         last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
-        raise Failed(f"{contender.name} failed with {process.returncode}; its output is in {log}: {' | '.join(last)}")
+        raise Ended(f"{contender.name} failed with {process.returncode}; its output is in {log}: {' | '.join(last)}")
     found = json.loads(raw.read_text(encoding="utf-8"))
     resident = usage.ru_maxrss / 1e9 if sys.platform == "darwin" else usage.ru_maxrss * 1024 / 1e9  # bytes on macOS, KiB on Linux
     run = Run(
