@@ -167,6 +167,18 @@ def _floats(value: Any) -> Any:
     return [_floats(item) for item in value] if isinstance(value, list) else value
 
 
+LONG_ROPE = "config.json: as train.max_length is above {limit}, texts of up to {limit} tokens get the long rotary factors too, not the short ones as in inference."
+
+
+def _rope_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], str, Any]:
+    """The rotary embedding's parameters, its type, and `original_max_position_embeddings`, None if that is not said."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}, "default", None
+    kind = str(rope.get("rope_type", rope.get("type")))
+    return rope, "longrope" if kind == "su" else kind, config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+
+
 def for_torch(config: Mapping[str, Any], tokens: int = 0) -> tuple[dict[str, Any], list[str]]:
     """A repaired configuration as transformers has to be given it for sequences of up to `tokens`, and notes.
 
@@ -174,12 +186,9 @@ def for_torch(config: Mapping[str, Any], tokens: int = 0) -> tuple[dict[str, Any
     depend on what is computed beside it. Long factors throughout are what mlx-lm computes too. Raises ModelError for `dynamic`.
     """
     result = dict(config)
-    scaling = config.get("rope_scaling") or config.get("rope_parameters")
-    if not isinstance(scaling, dict):
-        return result, []
-    kind = scaling.get("rope_type", scaling.get("type"))
-    limit = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    if kind not in ("longrope", "su", "dynamic") or limit is None or tokens <= limit:
+    _, kind, limit = _rope_of(config)
+    limit = limit or config.get("max_position_embeddings")  # transformers' default
+    if kind not in ("longrope", "dynamic") or limit is None or tokens <= limit:
         return result, []
     if kind == "dynamic":
         raise ModelError(f"its rotary embedding (dynamic) changes with the longest text beside another, beyond {limit} tokens. Set train.max_length: {limit}.")
@@ -189,21 +198,15 @@ def for_torch(config: Mapping[str, Any], tokens: int = 0) -> tuple[dict[str, Any
     return result, [LONG_ROPE.format(limit=limit)]
 
 
-LONG_ROPE = "config.json: as train.max_length is above {limit}, texts of up to {limit} tokens get the long rotary factors too, not the short ones as in inference."
-
-
 def short_rope(config: dict[str, Any], tokens: int) -> tuple[dict[str, Any], list[str]]:
     """For mlx-lm, which always applies the long factors of `longrope` (Phi-3): a copy that is right for sequences of up to `tokens`.
 
     transformers uses the short factors up to `original_max_position_embeddings` tokens. Longer sequences keep the long ones, which mlx-lm
     then also applies to short sequences; the note says so.
     """
-    scaling = config.get("rope_scaling")
-    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) not in ("longrope", "su"):
-        return config, []
-    limit = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-    if limit is None or "short_factor" not in scaling:
+    rope, kind, limit = _rope_of(config)
+    if kind != "longrope" or limit is None or "short_factor" not in rope or not config.get("rope_scaling"):
         return config, []
     if tokens > limit:
         return config, [LONG_ROPE.format(limit=limit)]
-    return {**config, "rope_scaling": {**scaling, "long_factor": scaling["short_factor"]}}, []
+    return {**config, "rope_scaling": {**rope, "long_factor": rope["short_factor"]}}, []

@@ -183,7 +183,7 @@ class MlxLearner:
                 share = sum(shares[1:], shares[0])
             else:
                 share = self.objective(ops, with_scored(ops, fixed, found))["loss"]
-            return share if scale == 1.0 else share * scale, found
+            return share * scale, found
 
         (_, found), grads = mx.value_and_grad(loss)({**self.policy.arrays, **self._head_params()})
         return found, grads

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ class Classifier:
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self.folder = folder
-        self.device = device.choose_device("auto", int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.device = device.choose_device("auto", *device.local_place())
         self.tokenizer, self.net = _load(folder, getattr(torch, dtype), self.device)
         config = self.net.config
         self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]

@@ -195,13 +195,18 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def local_place() -> tuple[int, int]:
+    """This process's rank on its machine, and how many there are, as torchrun says; 0 of 1 on its own."""
+    here = os.environ
+    return int(here.get("LOCAL_RANK", here.get("RANK", 0))), int(here.get("LOCAL_WORLD_SIZE", here.get("WORLD_SIZE", 1)))
+
+
 class TorchComm:
     """The ranks started by torchrun; one process is rank 0 of 1 and every sum is the identity."""
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self.local_rank, self.local_size = local_place()
         self._device = torch.device("cpu")
         if self.size == 1 and "MLX_RANK" in os.environ:
             raise BackendError("backend: mlx.launch starts processes for MLX; PyTorch's are started with torchrun --nproc-per-node N.")

@@ -196,7 +196,7 @@ class TorchLearner:
             else:
                 share = self.objective(ops, with_scored(ops, self._fixed_scores(part.batch, partner), found))["loss"]
             if isinstance(share, torch.Tensor):  # a plain 0.0 if every term is switched off
-                (share if scale == 1.0 else share * scale).backward()
+                (share * scale).backward()
         return {name: to_numpy(x) for name, x in found.items()}
 
     def _coefficients(self, batch: Batch, parts: Sequence[Part], partner_logp: np.ndarray | None) -> tuple[Scored, dict[str, float]]:

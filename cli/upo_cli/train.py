@@ -121,8 +121,8 @@ def _echo_result(config: Path, out: Path, summary: Mapping[str, Any]) -> None:
         echo_table([("", "before", "after")] + [(name, number(before[name], ".4f"), number(after[name], ".4f")) for name in names])
         click.echo()
     told = [(label, _shown(name, summary[name])) for name, label in TOLD if summary.get(name) is not None]
-    best = dict(summary.get("best") or {})
-    kept = [("best checkpoint", str(out / "checkpoints" / Path(best.pop("checkpoint")).name))] if best else []
+    best = summary.get("best")
+    kept = [("best checkpoint", str(out / "checkpoints" / Path(best["checkpoint"]).name))] if best else []
     echo_table([*told, ("adapter", str(out / "adapter")), *kept])
     click.echo("\nNext:")
     click.echo(f'  upo generate {out} --prompt "..."')
